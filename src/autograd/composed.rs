@@ -1,0 +1,134 @@
+//! The norms and their gradients written in candle's own ops.
+//!
+//! Slower than the kernels, and differentiable any number of times: it serves second-order gradients
+//! (`CANDLE_GRAD_DO_NOT_DETACH=1`) and devices that have no kernels of ours (Metal).
+
+use crate::call::{accumulation_dtype, Norm};
+use crate::geometry::{Affine, Geometry};
+use candle_core::{Result, Tensor};
+
+/// x as `[outer, rows, width / run, run]` in the accumulation dtype: a set is `[o, :, q, :]`.
+fn block(x: &Tensor, g: &Geometry) -> Result<Tensor> {
+    x.reshape((g.outer, g.rows, g.sets_per_outer(), g.run))?.to_dtype(accumulation_dtype(x.dtype()))
+}
+
+/// Statistics row `[sets]`, or a parameter `[params]`, in a shape that broadcasts over a block.
+fn per_set(t: &Tensor, g: &Geometry) -> Result<Tensor> {
+    t.reshape((g.outer, 1, g.sets_per_outer(), 1))
+}
+
+fn per_param(t: &Tensor, g: &Geometry, like: &Tensor) -> Result<Tensor> {
+    let t = t.to_dtype(like.dtype())?;
+    match g.affine {
+        Affine::Column { span } => t.reshape((g.params(), 1))?.broadcast_as((g.params(), span))?.reshape((
+            1,
+            1,
+            g.sets_per_outer(),
+            g.run,
+        )),
+        Affine::Row => t.reshape((1, g.rows, 1, 1)),
+    }
+}
+
+/// Sums a block over everything but its parameter.
+fn sum_to_params(block: &Tensor, g: &Geometry) -> Result<Tensor> {
+    match g.affine {
+        Affine::Column { span } => block.sum((0, 1))?.reshape((g.params(), span))?.sum(1),
+        Affine::Row => block.sum((0, 2, 3)),
+    }
+}
+
+fn set_mean(block: &Tensor) -> Result<Tensor> {
+    let n = block.dim(1)? * block.dim(3)?;
+    block.sum_keepdim((1, 3))? / n as f64
+}
+
+/// `(xhat, rstd)`: the block normalized, with given statistics or its own.
+fn normalized(x: &Tensor, norm: &Norm, stats: Option<&Tensor>) -> Result<(Tensor, Tensor)> {
+    let g = &norm.geometry;
+    let x = block(x, g)?;
+    let (centered, var) = match stats {
+        Some(stats) => {
+            let row = |i| per_set(&stats.get(i)?, g);
+            (x.broadcast_sub(&row(0)?)?.broadcast_sub(&row(1)?)?, row(2)?)
+        }
+        None => {
+            let centered = if g.center { x.broadcast_sub(&set_mean(&x)?)? } else { x };
+            // A mean rounded to the dtype leaves its rounding in `centered`; a second one takes it.
+            let centered = if g.center { centered.broadcast_sub(&set_mean(&centered)?)? } else { centered };
+            let var = set_mean(&centered.sqr()?)?;
+            (centered, var)
+        }
+    };
+    let rstd = (var + norm.eps)?.sqrt()?.recip()?;
+    Ok((centered.broadcast_mul(&rstd)?, rstd))
+}
+
+/// The output; differentiable in x, weight and bias.
+pub(crate) fn forward(
+    x: &Tensor,
+    norm: &Norm,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    stats: Option<&Tensor>,
+) -> Result<Tensor> {
+    let g = &norm.geometry;
+    let (mut y, _) = normalized(x, norm, stats)?;
+    if let Some(weight) = weight {
+        y = y.broadcast_mul(&per_param(weight, g, &y)?)?;
+    }
+    if let Some(bias) = bias {
+        y = y.broadcast_add(&per_param(bias, g, &y)?)?;
+    }
+    y.reshape(x.shape())?.to_dtype(x.dtype())
+}
+
+/// Statistics `[3, sets]` as the kernels keep them.
+pub(crate) fn statistics(x: &Tensor, norm: &Norm) -> Result<Tensor> {
+    let g = &norm.geometry;
+    let x = block(x, g)?;
+    let (mean, low, centered) = if g.center {
+        let mean = set_mean(&x)?;
+        let centered = x.broadcast_sub(&mean)?;
+        let low = set_mean(&centered)?;
+        let centered = centered.broadcast_sub(&low)?;
+        (mean, low, centered)
+    } else {
+        let zero = set_mean(&x)?.zeros_like()?;
+        (zero.clone(), zero, x)
+    };
+    let var = set_mean(&centered.sqr()?)?;
+    Tensor::stack(&[mean.flatten_all()?, low.flatten_all()?, var.flatten_all()?], 0)
+}
+
+/// Gradients for x, weight and bias, differentiable in x, weight and dy.
+///
+/// With `xhat = (x - mean) * rstd` and `g = dy * weight`:
+/// `dx = rstd * (g - mean(g) - xhat * mean(g * xhat))`, without the first mean where nothing was
+/// centered and without both where the statistics were given.
+pub(crate) fn backward(
+    x: &Tensor,
+    dy: &Tensor,
+    norm: &Norm,
+    weight: Option<&Tensor>,
+    stats: Option<&Tensor>,
+) -> Result<[Tensor; 3]> {
+    let geometry = &norm.geometry;
+    let (xhat, rstd) = normalized(x, norm, stats)?;
+    let dy = block(dy, geometry)?;
+    let dweight = sum_to_params(&(&dy * &xhat)?, geometry)?;
+    let dbias = sum_to_params(&dy, geometry)?;
+    let g = match weight {
+        Some(weight) => dy.broadcast_mul(&per_param(weight, geometry, &dy)?)?,
+        None => dy,
+    };
+    let dx = if stats.is_some() {
+        g
+    } else {
+        let projected = xhat.broadcast_mul(&set_mean(&(&g * &xhat)?)?)?;
+        let g = if geometry.center { g.broadcast_sub(&set_mean(&g)?)? } else { g };
+        (g - projected)?
+    };
+    let dx = dx.broadcast_mul(&rstd)?.reshape(x.shape())?.to_dtype(x.dtype())?;
+    Ok([dx, dweight, dbias])
+}

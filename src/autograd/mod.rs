@@ -1,0 +1,11 @@
+//! candle custom ops: forward, backward, the statistics kept between them, the composed path.
+//!
+//! Apart from `functional`, which checks arguments and speaks shapes, and from the kernels, which
+//! know nothing of graphs.
+
+mod composed;
+mod device;
+mod op;
+
+pub(crate) use device::DTYPES;
+pub(crate) use op::{normalize, Source};

@@ -1,0 +1,348 @@
+//! The custom op that every norm is: `CustomOp1`, `2` or `3` by which of weight and bias it has.
+//!
+//! One struct serves all norms, since they differ in their `Geometry` alone. The statistics go from
+//! forward to backward in a cell that is filled once and never emptied: a graph may be walked twice.
+
+use super::composed;
+use super::device::{self, BackwardTensors};
+use crate::call::{Arg, Forward, Norm, Running, Want};
+use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
+use candle_core::{CustomOp1, CustomOp2, CustomOp3};
+use std::sync::{Arc, OnceLock};
+
+/// Where the statistics come from.
+pub(crate) enum Source {
+    /// From the input, whose statistics may also move running ones.
+    Input(Option<Running>),
+    /// A tensor `[3, sets]` that does not depend on the input (evaluation).
+    Given(Tensor),
+}
+
+/// Normalizes `x`, contiguous in the geometry's order, and attaches the gradients.
+///
+/// Weight and bias are contiguous with `params()` elements in any shape. All checks are done.
+pub(crate) fn normalize(
+    norm: Norm,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    source: Source,
+) -> Result<Tensor> {
+    if !device::has_kernels(x.device()) {
+        return composed_forward(norm, x, weight, bias, source);
+    }
+    let tracked = [Some(x), weight, bias].into_iter().flatten().any(Tensor::track_op);
+    let op = NormOp {
+        norm,
+        has_weight: weight.is_some(),
+        source,
+        keep: tracked,
+        saved: Arc::new(OnceLock::new()),
+    };
+    match (weight, bias) {
+        (None, None) => x.apply_op1(op),
+        (Some(p), None) | (None, Some(p)) => x.apply_op2(p, op),
+        (Some(w), Some(b)) => x.apply_op3(w, b, op),
+    }
+}
+
+fn composed_forward(
+    norm: Norm,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    source: Source,
+) -> Result<Tensor> {
+    match source {
+        Source::Given(stats) => composed::forward(x, &norm, weight, bias, Some(&stats)),
+        Source::Input(running) => {
+            let y = composed::forward(x, &norm, weight, bias, None)?;
+            if let Some(running) = running {
+                move_running(&norm, &composed::statistics(&x.detach(), &norm)?, &running)?;
+            }
+            Ok(y)
+        }
+    }
+}
+
+/// The composed counterpart of what the kernels do with `Forward::running`.
+fn move_running(norm: &Norm, stats: &Tensor, running: &Running) -> Result<()> {
+    let g = &norm.geometry;
+    let n = g.set_len() as f64;
+    let average = |t: Tensor| t.reshape((g.outer, g.sets_per_outer()))?.mean(0);
+    let towards = |var: &candle_core::Var, batch: Tensor| {
+        let batch = batch.to_dtype(var.dtype())?;
+        (var.as_detached_tensor() * (1.0 - running.momentum))? + (batch * running.momentum)?
+    };
+    let mean = towards(&running.mean, average((stats.get(0)? + stats.get(1)?)?)?)?;
+    let var = towards(&running.var, average((stats.get(2)? * (n / (n - 1.0)))?)?)?;
+    running.mean.set(&mean)?;
+    running.var.set(&var)
+}
+
+struct NormOp {
+    norm: Norm,
+    has_weight: bool,
+    source: Source,
+    /// Somebody tracks an argument: the backward will want the statistics.
+    keep: bool,
+    saved: Arc<OnceLock<Tensor>>,
+}
+
+impl NormOp {
+    /// Splits the arguments behind x into weight and bias.
+    fn affine<T: Copy>(&self, args: &[T]) -> (Option<T>, Option<T>) {
+        match (self.has_weight, args) {
+            (true, [weight, rest @ ..]) => (Some(*weight), rest.first().copied()),
+            (_, rest) => (None, rest.first().copied()),
+        }
+    }
+
+    fn given(&self) -> Option<&Tensor> {
+        match &self.source {
+            Source::Given(stats) => Some(stats),
+            Source::Input(_) => None,
+        }
+    }
+
+    fn running(&self) -> Option<&Running> {
+        match &self.source {
+            Source::Input(running) => running.as_ref(),
+            Source::Given(_) => None,
+        }
+    }
+
+    fn cpu(
+        &self,
+        x: (&CpuStorage, &Layout),
+        affine: &[(&CpuStorage, &Layout)],
+    ) -> Result<(CpuStorage, Shape)> {
+        let (weight, bias) = self.affine(affine);
+        let arg = |(storage, layout)| Arg::new(storage, layout);
+        let given = self.given().map(|t| t.storage_and_layout());
+        let stats = match &given {
+            Some((storage, layout)) => match &**storage {
+                Storage::Cpu(storage) => Some(Arg::new(storage, layout)),
+                _ => bail!("{}: statistics are not on the CPU", self.norm.name),
+            },
+            None => None,
+        };
+        let (y, stats) = device::cpu_forward(Forward {
+            norm: self.norm,
+            x: arg(x),
+            weight: weight.map(arg),
+            bias: bias.map(arg),
+            stats,
+            keep: self.keep && stats.is_none(),
+            running: self.running(),
+        })?;
+        self.save(stats.map(Storage::Cpu));
+        Ok((y, x.1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda(
+        &self,
+        x: (&candle_core::CudaStorage, &Layout),
+        affine: &[(&candle_core::CudaStorage, &Layout)],
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (weight, bias) = self.affine(affine);
+        let arg = |(storage, layout)| Arg::new(storage, layout);
+        let given = self.given().map(|t| t.storage_and_layout());
+        let stats = match &given {
+            Some((storage, layout)) => match &**storage {
+                Storage::Cuda(storage) => Some(Arg::new(storage, layout)),
+                _ => bail!("{}: statistics are not on the GPU", self.norm.name),
+            },
+            None => None,
+        };
+        let (y, stats) = crate::cuda::forward(Forward {
+            norm: self.norm,
+            x: arg(x),
+            weight: weight.map(arg),
+            bias: bias.map(arg),
+            stats,
+            keep: self.keep && stats.is_none(),
+            running: self.running(),
+        })?;
+        self.save(stats.map(Storage::Cuda));
+        Ok((y, x.1.shape().clone()))
+    }
+
+    fn save(&self, stats: Option<Storage>) {
+        if let Some(stats) = stats {
+            let stats = device::tensor(stats, &[3, self.norm.geometry.sets()]);
+            // An op runs forward once; a second fill would carry the same values.
+            let _ = self.saved.set(stats);
+        }
+    }
+
+    /// Gradients of x and of each affine argument, `None` where nobody tracks it.
+    fn backward(&self, x: &Tensor, affine: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+        let (weight, bias) = self.affine(affine);
+        fn wanted<'a>(t: Option<&'a Tensor>) -> Option<&'a Tensor> {
+            t.filter(|t| t.track_op())
+        }
+        let (dx, dweight, dbias) = if dy.track_op() || second_order() {
+            let [dx, dw, db] = composed::backward(x, dy, &self.norm, weight, self.given())?;
+            (Some(dx), Some(dw), Some(db))
+        } else {
+            let want = Want {
+                dx: x.track_op(),
+                dweight: wanted(weight).map(|t| t.dtype()),
+                dbias: wanted(bias).map(|t| t.dtype()),
+            };
+            let gradients = self.kernel_backward(x, weight, dy, want)?;
+            (gradients.dx, gradients.dweight, gradients.dbias)
+        };
+        let fit = |gradient: Option<Tensor>, arg: Option<&Tensor>| match (gradient, wanted(arg)) {
+            (Some(gradient), Some(arg)) => gradient.reshape(arg.shape())?.to_dtype(arg.dtype()).map(Some),
+            _ => Ok(None),
+        };
+        let mut all = vec![fit(dx, Some(x))?];
+        all.extend(weight.map(|w| fit(dweight, Some(w))).transpose()?);
+        all.extend(bias.map(|b| fit(dbias, Some(b))).transpose()?);
+        Ok(all)
+    }
+
+    fn kernel_backward(
+        &self,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        dy: &Tensor,
+        want: Want,
+    ) -> Result<crate::call::Gradients<Tensor>> {
+        let stats = match self.given().or_else(|| self.saved.get()) {
+            Some(stats) => stats,
+            None => bail!("{}: backward without a forward", self.norm.name),
+        };
+        device::backward(BackwardTensors {
+            norm: self.norm,
+            x: &x.detach(),
+            dy: &dy.contiguous()?,
+            weight,
+            stats,
+            fixed: self.given().is_some(),
+            want,
+        })
+    }
+}
+
+/// candle keeps the graph of the backward when this is set, and then asks for gradients of gradients.
+fn second_order() -> bool {
+    thread_local! {
+        static SET: bool =
+            std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|s| !s.is_empty() && s != "0");
+    }
+    SET.with(|set| *set)
+}
+
+fn two(gradients: Vec<Option<Tensor>>) -> (Option<Tensor>, Option<Tensor>) {
+    let mut gradients = gradients.into_iter();
+    (gradients.next().flatten(), gradients.next().flatten())
+}
+
+impl CustomOp1 for NormOp {
+    fn name(&self) -> &'static str {
+        self.norm.name
+    }
+
+    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
+        self.cpu((s, l), &[])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s: &candle_core::CudaStorage,
+        l: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.cuda((s, l), &[])
+    }
+
+    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+        Ok(self.backward(x, &[], dy)?.pop().flatten())
+    }
+}
+
+impl CustomOp2 for NormOp {
+    fn name(&self) -> &'static str {
+        self.norm.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu((s1, l1), &[(s2, l2)])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.cuda((s1, l1), &[(s2, l2)])
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        p: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok(two(self.backward(x, &[p], dy)?))
+    }
+}
+
+impl CustomOp3 for NormOp {
+    fn name(&self) -> &'static str {
+        self.norm.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        self.cpu((s1, l1), &[(s2, l2), (s3, l3)])
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &candle_core::CudaStorage,
+        l1: &Layout,
+        s2: &candle_core::CudaStorage,
+        l2: &Layout,
+        s3: &candle_core::CudaStorage,
+        l3: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        self.cuda((s1, l1), &[(s2, l2), (s3, l3)])
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        b: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let mut gradients = self.backward(x, &[w, b], dy)?;
+        let dbias = gradients.pop().flatten();
+        let (dx, dweight) = two(gradients);
+        Ok((dx, dweight, dbias))
+    }
+}

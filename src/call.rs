@@ -1,0 +1,106 @@
+//! What one call of a norm hands to a device: geometry, eps and the arguments' storages.
+//!
+//! Apart, because the CPU and the CUDA side take the same calls and must not know each other.
+//!
+//! Statistics travel as one tensor `[3, sets]` of the accumulation dtype (f64 for f64, f32 for all
+//! else): `mean`, `mean_low`, `var`. The mean is the unevaluated sum `mean + mean_low`, which keeps
+//! `x - mean` exact to the last bit where a mean rounded to f32 would not (mean 1e4, std 1: 5e-4).
+//! `var` is biased. RMS norm has `mean = mean_low = 0` and the mean square as `var`.
+
+use crate::geometry::Geometry;
+use candle_core::{DType, Layout};
+
+/// A contiguous argument: its storage, and where its first element lies.
+#[derive(Debug)]
+pub(crate) struct Arg<'a, S> {
+    pub storage: &'a S,
+    pub offset: usize,
+}
+
+impl<S> Clone for Arg<'_, S> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S> Copy for Arg<'_, S> {}
+
+impl<'a, S> Arg<'a, S> {
+    /// `layout` is contiguous: `functional` sees to that before any op is made.
+    pub fn new(storage: &'a S, layout: &Layout) -> Self {
+        debug_assert!(layout.is_contiguous());
+        Self { storage, offset: layout.start_offset() }
+    }
+}
+
+/// Geometry and constants of a call.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Norm {
+    /// The op's name in errors: `layer-norm`.
+    pub name: &'static str,
+    pub geometry: Geometry,
+    pub eps: f64,
+}
+
+/// Arguments of `forward`.
+pub(crate) struct Forward<'a, S> {
+    pub norm: Norm,
+    pub x: Arg<'a, S>,
+    pub weight: Option<Arg<'a, S>>,
+    pub bias: Option<Arg<'a, S>>,
+    /// Statistics to normalize with instead of the input's own.
+    pub stats: Option<Arg<'a, S>>,
+    /// Whether the caller wants the statistics back.
+    pub keep: bool,
+    /// Running statistics to move once nothing can fail any more.
+    pub running: Option<&'a Running>,
+}
+
+/// Arguments of `backward`, `gradient_sums` and `input_gradient`.
+pub(crate) struct Backward<'a, S> {
+    pub norm: Norm,
+    pub x: Arg<'a, S>,
+    /// Gradient of the output, contiguous in the geometry's order, of the input's dtype.
+    pub dy: Arg<'a, S>,
+    pub weight: Option<Arg<'a, S>>,
+    pub stats: Arg<'a, S>,
+    /// The statistics did not depend on x (evaluation): `dx = dy * weight * rstd`.
+    pub fixed: bool,
+    pub want: Want,
+}
+
+/// Which gradients somebody tracks, and the dtypes they must have.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Want {
+    pub dx: bool,
+    pub dweight: Option<DType>,
+    pub dbias: Option<DType>,
+}
+
+/// What `backward` returns; `None` where nobody asked.
+pub(crate) struct Gradients<S> {
+    pub dx: Option<S>,
+    pub dweight: Option<S>,
+    pub dbias: Option<S>,
+}
+
+/// Running statistics of batch and instance norm, moved towards the batch's within the forward.
+///
+/// `running = (1 - momentum) * running + momentum * batch`, the batch's variance unbiased, both
+/// averaged over `outer` (instance norm has one set per sample). Neither is an argument of the op:
+/// candle holds read locks on those.
+#[derive(Debug, Clone)]
+pub(crate) struct Running {
+    pub mean: candle_core::Var,
+    pub var: candle_core::Var,
+    pub momentum: f64,
+}
+
+/// dtype in which x of dtype `x` is accumulated and its statistics are kept.
+pub(crate) fn accumulation_dtype(x: DType) -> DType {
+    if x == DType::F64 {
+        DType::F64
+    } else {
+        DType::F32
+    }
+}

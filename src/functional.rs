@@ -1,0 +1,352 @@
+//! The norms as stateless functions, with `torch.nn.functional`'s names, order of arguments and
+//! meaning.
+//!
+//! Apart from the layers, which hold parameters, and from `autograd`, which takes arguments as
+//! correct: here every argument is checked, once, and every tensor gets its geometry, once.
+//!
+//! All functions take inputs of dtype f16, bf16, f32 or f64 and parameters of any of these. They
+//! accumulate in f32 (f64 for f64 inputs), round once, and return the input's dtype. An input that is
+//! a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
+//! has the same memory order; any other strided input is copied first, and the output is contiguous.
+
+use crate::autograd::{normalize, Source};
+use crate::call::{accumulation_dtype, Norm, Running};
+use crate::geometry::{self, Channels, Placed};
+use candle_core::{bail, Result, Tensor, Var};
+
+/// Batch normalization of `[N, C, ..]` over every dimension but the channels.
+///
+/// ```text
+/// y = (x - mean) / sqrt(var + eps) * weight + bias
+/// ```
+///
+/// In training, `mean` and the biased `var` are the batch's own, and the running statistics, if
+/// given, move: `running = (1 - momentum) * running + momentum * batch`, with the unbiased variance.
+/// Otherwise the running statistics take their place. `running_mean`, `running_var`, `weight` and
+/// `bias` have shape `[C]`. Source: Ioffe and Szegedy, <https://arxiv.org/abs/1502.03167>.
+///
+/// # Errors
+/// Besides mismatched shapes, dtypes and devices: training with a single value per channel, and
+/// evaluation without running statistics. The running statistics are untouched by a call that fails.
+///
+/// ```
+/// use candle_core::{Device, Tensor, Var};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 10.], [3., 30.]], &Device::Cpu)?;
+/// let mean = Var::from_vec(vec![0f32, 0.], 2, &Device::Cpu)?;
+/// let var = Var::from_vec(vec![1f32, 1.], 2, &Device::Cpu)?;
+/// let y = candle_norm::functional::batch_norm(&x, Some(&mean), Some(&var), None, None, true, 0.1, 0.0)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1., -1.], [1., 1.]]);
+/// assert_eq!(mean.to_vec1::<f32>()?, [0.2, 2.]);
+/// # Ok(()) }
+/// ```
+#[allow(clippy::too_many_arguments)] // torch.nn.functional.batch_norm's
+pub fn batch_norm(
+    input: &Tensor,
+    running_mean: Option<&Var>,
+    running_var: Option<&Var>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    training: bool,
+    momentum: f64,
+    eps: f64,
+) -> Result<Tensor> {
+    let op = "batch-norm";
+    let channels = check_channels(op, input, 2)?;
+    let running = check_running(op, input, channels, running_mean, running_var, momentum)?;
+    let per_channel = input.elem_count().checked_div(channels).unwrap_or(0);
+    if training && per_channel == 1 {
+        bail!("{op}: expected more than 1 value per channel when training, got input size {:?}", input.dims())
+    }
+    let source = match (training, running) {
+        (true, running) => Source::Input(running),
+        (false, Some(running)) => Source::Given(fixed_statistics(input, &running)?),
+        (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
+    };
+    apply_channels(op, input, Channels::Batch, weight, bias, eps, source)
+}
+
+/// Instance normalization of `[N, C, ..]` over the spatial dimensions of each sample and channel.
+///
+/// ```text
+/// y = (x - mean) / sqrt(var + eps) * weight + bias
+/// ```
+///
+/// With `use_input_stats` the statistics are each instance's own, and the running statistics, if
+/// given, move towards their average over the batch; otherwise the running statistics take their
+/// place. `running_mean`, `running_var`, `weight` and `bias` have shape `[C]`. Source: Ulyanov et al.,
+/// <https://arxiv.org/abs/1607.08022>.
+///
+/// # Errors
+/// Besides mismatched shapes, dtypes and devices: a single spatial element with `use_input_stats`,
+/// and no running statistics without.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[[1f32, 3.], [10., 30.]]], &Device::Cpu)?;
+/// let y = candle_norm::functional::instance_norm(&x, None, None, None, None, true, 0.1, 0.0)?;
+/// assert_eq!(y.to_vec3::<f32>()?, [[[-1., 1.], [-1., 1.]]]);
+/// # Ok(()) }
+/// ```
+#[allow(clippy::too_many_arguments)] // torch.nn.functional.instance_norm's
+pub fn instance_norm(
+    input: &Tensor,
+    running_mean: Option<&Var>,
+    running_var: Option<&Var>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    use_input_stats: bool,
+    momentum: f64,
+    eps: f64,
+) -> Result<Tensor> {
+    let op = "instance-norm";
+    let channels = check_channels(op, input, 2)?;
+    let running = check_running(op, input, channels, running_mean, running_var, momentum)?;
+    if !use_input_stats {
+        let Some(running) = running else {
+            bail!("{op}: expected running_mean and running_var when use_input_stats is false, got none")
+        };
+        let given = Source::Given(fixed_statistics(input, &running)?);
+        return apply_channels(op, input, Channels::Batch, weight, bias, eps, given);
+    }
+    if input.dims()[2..].iter().product::<usize>() == 1 {
+        bail!("{op}: expected more than 1 spatial element when training, got input size {:?}", input.dims())
+    }
+    apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, Source::Input(running))
+}
+
+/// Layer normalization over the last dimensions, which must equal `normalized_shape`.
+///
+/// ```text
+/// y = (x - mean) / sqrt(var + eps) * weight + bias
+/// ```
+///
+/// `weight` and `bias` have shape `normalized_shape`. Source: Ba et al.,
+/// <https://arxiv.org/abs/1607.06450>.
+///
+/// # Errors
+/// Mismatched shapes, dtypes and devices, a negative `eps`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 3.], [-10., 10.]], &Device::Cpu)?;
+/// let y = candle_norm::functional::layer_norm(&x, &[2], None, None, 0.0)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1., 1.], [-1., 1.]]);
+/// # Ok(()) }
+/// ```
+pub fn layer_norm(
+    input: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    apply_layer("layer-norm", input, normalized_shape, weight, bias, eps, true)
+}
+
+/// Group normalization of `[N, C, ..]` over groups of `C / num_groups` channels of each sample.
+///
+/// ```text
+/// y = (x - mean) / sqrt(var + eps) * weight + bias
+/// ```
+///
+/// `weight` and `bias` have shape `[C]`. Source: Wu and He, <https://arxiv.org/abs/1803.08494>.
+///
+/// # Errors
+/// Mismatched shapes, dtypes and devices, `num_groups` that does not divide the channels.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 3., 10., 30.]], &Device::Cpu)?;
+/// let y = candle_norm::functional::group_norm(&x, 2, None, None, 0.0)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[-1., 1., -1., 1.]]);
+/// # Ok(()) }
+/// ```
+pub fn group_norm(
+    input: &Tensor,
+    num_groups: usize,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    let op = "group-norm";
+    let channels = check_channels(op, input, 2)?;
+    if num_groups == 0 || channels % num_groups != 0 {
+        bail!("{op}: num_groups must divide num_channels, got {num_groups} groups and {channels} channels")
+    }
+    apply_channels(op, input, Channels::Groups(num_groups), weight, bias, eps, Source::Input(None))
+}
+
+/// Root-mean-square normalization over the last dimensions, which must equal `normalized_shape`.
+///
+/// ```text
+/// y = x / sqrt(mean(x^2) + eps) * weight
+/// ```
+///
+/// `weight` has shape `normalized_shape`. Source: Zhang and Sennrich,
+/// <https://arxiv.org/abs/1910.07467>.
+///
+/// # Errors
+/// Mismatched shapes, dtypes and devices, a negative `eps`.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 7.]], &Device::Cpu)?;
+/// let y = candle_norm::functional::rms_norm(&x, &[2], None, 0.0)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[0.2, 1.4]]);
+/// # Ok(()) }
+/// ```
+pub fn rms_norm(
+    input: &Tensor,
+    normalized_shape: &[usize],
+    weight: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    apply_layer("rms-norm", input, normalized_shape, weight, None, eps, false)
+}
+
+fn apply_layer(
+    op: &'static str,
+    input: &Tensor,
+    shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    center: bool,
+) -> Result<Tensor> {
+    check_input(op, input, eps)?;
+    if shape.is_empty() || !input.dims().ends_with(shape) {
+        bail!("{op}: input has shape {:?}, expected its last dimensions to be {shape:?}", input.dims())
+    }
+    check_param(op, "weight", input, weight, shape)?;
+    check_param(op, "bias", input, bias, shape)?;
+    let place = |x: &Tensor| geometry::layer(x.dims(), x.stride(), shape.len(), center);
+    apply(op, input, place, weight, bias, eps, Source::Input(None))
+}
+
+fn apply_channels(
+    op: &'static str,
+    input: &Tensor,
+    sets: Channels,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    source: Source,
+) -> Result<Tensor> {
+    check_input(op, input, eps)?;
+    let shape = [input.dim(1)?];
+    check_param(op, "weight", input, weight, &shape)?;
+    check_param(op, "bias", input, bias, &shape)?;
+    let place = |x: &Tensor| geometry::channels(x.dims(), x.stride(), sets);
+    apply(op, input, place, weight, bias, eps, source)
+}
+
+/// The one way in: from checked arguments to the op, in the memory order of the input.
+fn apply(
+    name: &'static str,
+    input: &Tensor,
+    place: impl Fn(&Tensor) -> Option<Placed>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    source: Source,
+) -> Result<Tensor> {
+    let weight = weight.map(Tensor::contiguous).transpose()?;
+    let bias = bias.map(Tensor::contiguous).transpose()?;
+    let (weight, bias) = (weight.as_ref(), bias.as_ref());
+    let (input, placed) = match place(input) {
+        Some(placed) => (input.clone(), placed),
+        None => dense(name, input, place)?,
+    };
+    let norm = Norm { name, geometry: placed.geometry, eps };
+    match placed.order {
+        None => normalize(norm, &input, weight, bias, source),
+        Some(order) => {
+            let mut back = vec![0; order.len()];
+            order.iter().enumerate().for_each(|(to, &from)| back[from] = to);
+            normalize(norm, &input.permute(order)?, weight, bias, source)?.permute(back)
+        }
+    }
+}
+
+/// The one copy: of an input whose strides no geometry describes.
+fn dense(name: &str, input: &Tensor, place: impl Fn(&Tensor) -> Option<Placed>) -> Result<(Tensor, Placed)> {
+    let input = input.contiguous()?;
+    match place(&input) {
+        Some(placed) => Ok((input, placed)),
+        None => bail!("{name}: no geometry for a contiguous input of shape {:?}", input.dims()),
+    }
+}
+
+fn check_input(op: &str, input: &Tensor, eps: f64) -> Result<()> {
+    check_dtype(op, "input", input)?;
+    if !(eps >= 0.0) {
+        bail!("{op}: eps must not be negative, got {eps}")
+    }
+    Ok(())
+}
+
+fn check_dtype(op: &str, what: &str, tensor: &Tensor) -> Result<()> {
+    if !crate::autograd::DTYPES.contains(&tensor.dtype()) {
+        bail!("{op}: {what} has dtype {:?}, expected one of f16, bf16, f32, f64", tensor.dtype())
+    }
+    Ok(())
+}
+
+/// Number of channels of an input `[N, C, ..]`.
+fn check_channels(op: &str, input: &Tensor, rank: usize) -> Result<usize> {
+    if input.rank() < rank {
+        bail!("{op}: input has shape {:?}, expected at least {rank} dimensions", input.dims())
+    }
+    input.dim(1)
+}
+
+fn check_param(op: &str, what: &str, input: &Tensor, param: Option<&Tensor>, shape: &[usize]) -> Result<()> {
+    let Some(param) = param else { return Ok(()) };
+    check_dtype(op, what, param)?;
+    if param.dims() != shape {
+        bail!("{op}: {what} has shape {:?}, expected {shape:?}", param.dims())
+    }
+    check_device(op, what, input, param)
+}
+
+fn check_device(op: &str, what: &str, input: &Tensor, other: &Tensor) -> Result<()> {
+    let (expected, got) = (input.device().location(), other.device().location());
+    if expected != got {
+        bail!("{op}: {what} is on {got:?}, expected the input's device {expected:?}")
+    }
+    Ok(())
+}
+
+fn check_running(
+    op: &str,
+    input: &Tensor,
+    channels: usize,
+    mean: Option<&Var>,
+    var: Option<&Var>,
+    momentum: f64,
+) -> Result<Option<Running>> {
+    let (mean, var) = match (mean, var) {
+        (Some(mean), Some(var)) => (mean, var),
+        (None, None) => return Ok(None),
+        _ => bail!("{op}: expected both of running_mean and running_var or neither, got one"),
+    };
+    check_param(op, "running_mean", input, Some(mean), &[channels])?;
+    check_param(op, "running_var", input, Some(var), &[channels])?;
+    if !(0.0..=1.0).contains(&momentum) {
+        bail!("{op}: momentum must be between 0 and 1, got {momentum}")
+    }
+    Ok(Some(Running { mean: mean.clone(), var: var.clone(), momentum }))
+}
+
+/// Running statistics as they are now, in the form the kernels take.
+fn fixed_statistics(input: &Tensor, running: &Running) -> Result<Tensor> {
+    let dtype = accumulation_dtype(input.dtype());
+    let mean = running.mean.as_detached_tensor().to_dtype(dtype)?;
+    let var = running.var.as_detached_tensor().to_dtype(dtype)?;
+    Tensor::stack(&[&mean, &mean.zeros_like()?, &var], 0)
+}

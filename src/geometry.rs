@@ -1,0 +1,221 @@
+//! The one idea: which elements of a tensor form a set, and which weight scales an element.
+//!
+//! Every norm here normalizes *sets* of elements and scales them by a weight and a bias; the norms
+//! differ in nothing else. Seen in its own memory order, a tensor is a contiguous block
+//! `[outer, rows, width]`, and
+//!
+//! * a set is `run` neighbouring columns over all rows of one outer index,
+//! * the weight of an element is chosen by its column (`column / span`) or by its row.
+//!
+//! | norm, memory order | outer | rows | width | run | weight |
+//! |---|---|---|---|---|---|
+//! | layer, RMS: normalized dims last | leading | 1 | n | n | column, span 1 |
+//! | layer, RMS: normalized dims before others | leading | n | trailing | 1 | row |
+//! | group, instance (G = C): N C S | N | 1 | C·S | C·S / G | column, span S |
+//! | group, instance (G = C): N S C | N | S | C | C / G | column, span 1 |
+//! | batch: N C S | 1 | N | C·S | S | column, span S |
+//! | batch: N S C | 1 | N·S | C | 1 | column, span 1 |
+//!
+//! Kernels, launch plans and oracles take a `Geometry` and nothing else about shape.
+
+/// How an element finds its weight and bias.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Affine {
+    /// Element in column `w` uses parameter `w / span`.
+    Column {
+        /// Neighbouring columns that share a parameter.
+        span: usize,
+    },
+    /// Element in row `r` uses parameter `r`.
+    Row,
+}
+
+/// A tensor as a contiguous block `[outer, rows, width]`, cut into sets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Geometry {
+    /// Independent blocks.
+    pub outer: usize,
+    /// Rows of a block; a set spans all of them.
+    pub rows: usize,
+    /// Contiguous elements of a row.
+    pub width: usize,
+    /// Neighbouring columns in one set; divides `width`.
+    pub run: usize,
+    /// Which parameter scales an element.
+    pub affine: Affine,
+    /// Whether the mean is subtracted (false for RMS norm).
+    pub center: bool,
+}
+
+impl Geometry {
+    /// Sets in the tensor; set `s` is block `s / sets_per_outer()`, columns
+    /// `(s % sets_per_outer()) * run ..` of it.
+    pub fn sets(&self) -> usize {
+        self.outer * self.sets_per_outer()
+    }
+
+    /// Sets side by side in one block.
+    pub fn sets_per_outer(&self) -> usize {
+        self.width.checked_div(self.run).unwrap_or(0)
+    }
+
+    /// Elements in a set.
+    pub fn set_len(&self) -> usize {
+        self.rows * self.run
+    }
+
+    /// Elements in a block.
+    pub fn block_len(&self) -> usize {
+        self.rows * self.width
+    }
+
+    /// Elements in the tensor.
+    pub fn elements(&self) -> usize {
+        self.outer * self.block_len()
+    }
+
+    /// Length of the weight and of the bias.
+    pub fn params(&self) -> usize {
+        match self.affine {
+            Affine::Column { span } => self.width.checked_div(span).unwrap_or(0),
+            Affine::Row => self.rows,
+        }
+    }
+
+    /// Parameter of the element in row `row` and column `column` of any block.
+    pub fn param(&self, row: usize, column: usize) -> usize {
+        match self.affine {
+            Affine::Column { span } => column / span,
+            Affine::Row => row,
+        }
+    }
+
+    /// Whether every element of a set has the same weight (batch and instance norm).
+    pub fn one_param_per_set(&self) -> bool {
+        matches!(self.affine, Affine::Column { span } if span == self.run)
+    }
+}
+
+/// The part a dimension plays in a norm, in the order the norm's formula names them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Role {
+    /// Dimensions before the normalized ones, or the batch.
+    Lead,
+    /// Normalized dimensions of layer and RMS norm, or the channels.
+    Main,
+    /// Spatial dimensions.
+    Space,
+}
+
+/// A geometry, and the order of dimensions (outermost first) in which the input is contiguous.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Placed {
+    /// The block in memory order.
+    pub geometry: Geometry,
+    /// `input.permute(order)` is contiguous; `None` where the input is already.
+    pub order: Option<Vec<usize>>,
+}
+
+/// Layer and RMS norm over the last `normalized` dimensions; `None` when the strides are not
+/// those of a dense permutation with the normalized dimensions together and in order.
+pub fn layer(dims: &[usize], stride: &[usize], normalized: usize, center: bool) -> Option<Placed> {
+    let lead = dims.len() - normalized;
+    let order = memory_order(dims, stride)?;
+    let n: usize = dims[lead..].iter().product();
+    let main = |d: &usize| *d >= lead && dims[*d] != 1;
+    let first = order.iter().position(main).unwrap_or(order.len());
+    let last = order.iter().rposition(main).map_or(first, |p| p + 1);
+    let together = &order[first..last];
+    if together.iter().any(|d| *d < lead && dims[*d] != 1) || !is_sorted(together, dims) {
+        return None;
+    }
+    let before: usize = order[..first].iter().map(|&d| dims[d]).product();
+    let after: usize = order[last..].iter().map(|&d| dims[d]).product();
+    let geometry = if after == 1 {
+        Geometry { outer: before, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center }
+    } else {
+        Geometry { outer: before, rows: n, width: after, run: 1, affine: Affine::Row, center }
+    };
+    Some(Placed { geometry, order: order_unless_identity(order, dims, stride) })
+}
+
+/// Which sets the channels of `[N, C, spatial..]` form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Channels {
+    /// One set per channel over the batch: batch norm.
+    Batch,
+    /// Sets of `C / groups` channels of one sample: group norm, and instance norm with `groups` = C.
+    Groups(usize),
+}
+
+/// Batch, group and instance norm over `[N, C, spatial..]`; `None` when the memory order is neither
+/// N C S nor N S C.
+pub fn channels(dims: &[usize], stride: &[usize], channels: Channels) -> Option<Placed> {
+    let order = memory_order(dims, stride)?;
+    let role = |d: usize| match d {
+        0 => Role::Lead,
+        1 => Role::Main,
+        _ => Role::Space,
+    };
+    let mut roles: Vec<Role> = order.iter().filter(|&&d| dims[d] != 1).map(|&d| role(d)).collect();
+    roles.dedup();
+    let (n, c) = (dims[0], dims[1]);
+    let s: usize = dims[2..].iter().product();
+    use Role::{Lead, Main, Space};
+    let last = match roles[..] {
+        []
+        | [Lead]
+        | [Main]
+        | [Space]
+        | [Lead, Main]
+        | [Lead, Space]
+        | [Main, Space]
+        | [Lead, Main, Space] => false,
+        [Space, Main] | [Lead, Space, Main] => true,
+        _ => return None,
+    };
+    let span = if last { 1 } else { s };
+    let (outer, rows, width, run) = match (channels, last) {
+        (Channels::Batch, false) => (1, n, c * s, s),
+        (Channels::Batch, true) => (1, n * s, c, 1),
+        (Channels::Groups(g), false) => (n, 1, c * s, c / g * s),
+        (Channels::Groups(g), true) => (n, s, c, c / g),
+    };
+    let geometry = Geometry { outer, rows, width, run, affine: Affine::Column { span }, center: true };
+    Some(Placed { geometry, order: order_unless_identity(order, dims, stride) })
+}
+
+/// Dimensions sorted from the outermost in memory to the innermost, if they tile it densely.
+fn memory_order(dims: &[usize], stride: &[usize]) -> Option<Vec<usize>> {
+    let mut order: Vec<usize> = (0..dims.len()).collect();
+    if dims.contains(&0) {
+        return Some(order);
+    }
+    // Dimensions of size 1 have arbitrary strides and move nothing: they go where they stand.
+    order.sort_by_key(|&d| if dims[d] == 1 { (0, d) } else { (1, usize::MAX - stride[d]) });
+    let mut expected = 1;
+    for &d in order.iter().rev().filter(|&&d| dims[d] != 1) {
+        if stride[d] != expected {
+            return None;
+        }
+        expected *= dims[d];
+    }
+    Some(order)
+}
+
+fn is_sorted(order: &[usize], dims: &[usize]) -> bool {
+    let real: Vec<usize> = order.iter().copied().filter(|&d| dims[d] != 1).collect();
+    real.windows(2).all(|w| w[0] < w[1])
+}
+
+/// `None` where the input is contiguous as it stands.
+fn order_unless_identity(order: Vec<usize>, dims: &[usize], stride: &[usize]) -> Option<Vec<usize>> {
+    let mut expected = 1;
+    let contiguous = dims.contains(&0)
+        || dims.iter().zip(stride).rev().all(|(&dim, &stride)| {
+            let fits = dim == 1 || stride == expected;
+            expected *= dim;
+            fits
+        });
+    (!contiguous).then_some(order)
+}

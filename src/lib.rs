@@ -1,0 +1,8 @@
+//! Normalization layers for candle that train, are exact and run at the speed of memory.
+#![deny(unsafe_code, missing_docs)]
+
+mod autograd;
+mod call;
+mod cpu;
+pub mod functional;
+mod geometry;
