@@ -1,10 +1,21 @@
-//! A batch norm worked by hand, to its four decimals, and two identities between norms.
+//! A batch norm worked through to four decimals, and identities between norms.
+//!
+//! The input is PyTorch's `torch.manual_seed(42); torch.randn(1, 2, 2, 2)`, 0.3367 and so on when rounded.
 
 use candle_core::{Device, Result, Tensor, Var};
 use candle_norm::functional as f;
 
 fn input() -> Result<Tensor> {
-    let x = [0.3367f32, 0.1288, 0.2345, 0.2303, -1.1229, -0.1863, 2.2082, -0.6380];
+    let x = [
+        0.336690366f32,
+        0.128809407,
+        0.234462366,
+        0.23033303,
+        -1.12285638,
+        -0.186328292,
+        2.20820141,
+        -0.637997031,
+    ];
     Tensor::from_slice(&x, (1, 2, 2, 2), &Device::Cpu)
 }
 
@@ -12,8 +23,8 @@ fn assert_rounds_to(t: &Tensor, expected: &[f32]) -> Result<()> {
     let got = t.flatten_all()?.to_vec1::<f32>()?;
     assert_eq!(got.len(), expected.len());
     for (got, expected) in got.iter().zip(expected) {
-        // Half a unit of the fourth decimal, and the input's own rounding to four decimals.
-        assert!((got - expected).abs() < 2e-4, "{got} against {expected}");
+        // Half a unit of the fourth decimal, and f32's own rounding.
+        assert!((got - expected).abs() < 0.5e-4 + 1e-6, "{got} against {expected}");
     }
     Ok(())
 }
