@@ -219,3 +219,6 @@ fn order_unless_identity(order: Vec<usize>, dims: &[usize], stride: &[usize]) ->
         });
     (!contiguous).then_some(order)
 }
+
+#[cfg(test)]
+mod tests;
