@@ -75,16 +75,20 @@ pub(crate) fn forward(call: Forward<CpuStorage>) -> Result<(CpuStorage, Option<C
             move_running(&call.norm, &stats, running)?;
         }
     }
-    // Split the f64 mean into two f32, as the contract has it.
-    let mut kept = stats;
-    for s in 0..sets {
-        let mean = kept[s];
-        kept[s] = mean as f32 as f64;
-        kept[sets + s] = mean - kept[s];
-    }
     let dtype = dtype(call.x.storage);
-    let kept = call.keep.then(|| store(kept, accumulation_dtype(dtype))).transpose()?;
+    let kept = call.keep.then(|| store(split_mean(stats), accumulation_dtype(dtype))).transpose()?;
     Ok((store(y, dtype)?, kept))
+}
+
+/// Splits the f64 mean into two f32, as the contract has it.
+fn split_mean(mut stats: Vec<f64>) -> Vec<f64> {
+    let sets = stats.len() / 3;
+    for s in 0..sets {
+        let mean = stats[s];
+        stats[s] = mean as f32 as f64;
+        stats[sets + s] = mean - stats[s];
+    }
+    stats
 }
 
 fn move_running(norm: &Norm, stats: &[f64], running: &Running) -> Result<()> {
@@ -103,6 +107,49 @@ fn move_running(norm: &Norm, stats: &[f64], running: &Running) -> Result<()> {
         var.set(&new.to_dtype(var.dtype())?)?;
     }
     Ok(())
+}
+
+/// The input's own statistics, `[3, sets]`.
+pub(crate) fn statistics(norm: Norm, x: Arg<CpuStorage>) -> Result<CpuStorage> {
+    let dtype = dtype(x.storage);
+    let stats = own_statistics(&norm, &load(&x, norm.geometry.elements())?);
+    store(split_mean(stats), accumulation_dtype(dtype))
+}
+
+/// Sums over each set of `dy` and of `dy * xhat`, `[2, sets]`, for norms with one parameter a set.
+pub(crate) fn gradient_sums(call: Backward<CpuStorage>) -> Result<CpuStorage> {
+    let g = call.norm.geometry;
+    let sets = g.sets();
+    let (x, dy) = (load(&call.x, g.elements())?, load(&call.dy, g.elements())?);
+    let stats = load(&call.stats, 3 * sets)?;
+    let mut sums = vec![0.0; 2 * sets];
+    for (i, s, _) in elements(&call.norm) {
+        let rstd = 1.0 / (stats[2 * sets + s] + call.norm.eps).sqrt();
+        sums[s] += dy[i];
+        sums[sets + s] += dy[i] * (x[i] - stats[s] - stats[sets + s]) * rstd;
+    }
+    store(sums, accumulation_dtype(dtype(call.x.storage)))
+}
+
+/// `dx` from the sums of `gradient_sums` over `count` elements a set, some of them elsewhere.
+pub(crate) fn input_gradient(
+    call: Backward<CpuStorage>,
+    sums: Arg<CpuStorage>,
+    count: f64,
+) -> Result<CpuStorage> {
+    let g = call.norm.geometry;
+    let sets = g.sets();
+    let (x, dy) = (load(&call.x, g.elements())?, load(&call.dy, g.elements())?);
+    let w = call.weight.map_or(Ok(vec![1.0; g.params()]), |p| load(&p, g.params()))?;
+    let (stats, sums) = (load(&call.stats, 3 * sets)?, load(&sums, 2 * sets)?);
+    let mut dx = vec![0.0; x.len()];
+    for (i, s, p) in elements(&call.norm) {
+        let rstd = 1.0 / (stats[2 * sets + s] + call.norm.eps).sqrt();
+        let xhat = (x[i] - stats[s] - stats[sets + s]) * rstd;
+        let mean = if g.center { sums[s] / count } else { 0.0 };
+        dx[i] = w[p] * rstd * (dy[i] - mean - xhat * sums[sets + s] / count);
+    }
+    store(dx, dtype(call.x.storage))
 }
 
 pub(crate) fn backward(call: Backward<CpuStorage>) -> Result<Gradients<CpuStorage>> {
