@@ -42,6 +42,14 @@ pub(crate) struct Norm {
     pub eps: f64,
 }
 
+/// Statistics that do not come from the input, each `[sets]`, of any of the four dtypes: the running
+/// ones as they lie in their variables, or rows of a statistics tensor.
+pub(crate) struct Given<'a, S> {
+    pub mean: Arg<'a, S>,
+    pub mean_low: Option<Arg<'a, S>>,
+    pub var: Arg<'a, S>,
+}
+
 /// Arguments of `forward`.
 pub(crate) struct Forward<'a, S> {
     pub norm: Norm,
@@ -49,8 +57,8 @@ pub(crate) struct Forward<'a, S> {
     pub weight: Option<Arg<'a, S>>,
     pub bias: Option<Arg<'a, S>>,
     /// Statistics to normalize with instead of the input's own.
-    pub stats: Option<Arg<'a, S>>,
-    /// Whether the caller wants the statistics back.
+    pub given: Option<Given<'a, S>>,
+    /// Whether the caller wants the statistics `[3, sets]` back (given ones as a snapshot).
     pub keep: bool,
     /// Running statistics to move once nothing can fail any more.
     pub running: Option<&'a Running>,

@@ -10,7 +10,7 @@
 //! has the same memory order; any other strided input is copied first, and the output is contiguous.
 
 use crate::autograd::{normalize, Source};
-use crate::call::{accumulation_dtype, Norm, Running};
+use crate::call::{Norm, Running};
 use crate::geometry::{self, Channels, Placed};
 use candle_core::{bail, Result, Tensor, Var};
 
@@ -60,7 +60,7 @@ pub fn batch_norm(
     }
     let source = match (training, running) {
         (true, running) => Source::Input(running),
-        (false, Some(running)) => Source::Given(fixed_statistics(input, &running)?),
+        (false, Some(running)) => Source::Running(running),
         (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
     };
     apply_channels(op, input, Channels::Batch, weight, bias, eps, source)
@@ -107,7 +107,7 @@ pub fn instance_norm(
         let Some(running) = running else {
             bail!("{op}: expected running_mean and running_var when use_input_stats is false, got none")
         };
-        let given = Source::Given(fixed_statistics(input, &running)?);
+        let given = Source::Running(running);
         return apply_channels(op, input, Channels::Batch, weight, bias, eps, given);
     }
     if input.dims()[2..].iter().product::<usize>() == 1 {
@@ -340,13 +340,10 @@ fn check_running(
     if !(0.0..=1.0).contains(&momentum) {
         bail!("{op}: momentum must be between 0 and 1, got {momentum}")
     }
+    for (what, var) in [("running_mean", mean), ("running_var", var)] {
+        if !var.is_contiguous() {
+            bail!("{op}: {what} has strides {:?}, expected a contiguous variable", var.stride())
+        }
+    }
     Ok(Some(Running { mean: mean.clone(), var: var.clone(), momentum }))
-}
-
-/// Running statistics as they are now, in the form the kernels take.
-fn fixed_statistics(input: &Tensor, running: &Running) -> Result<Tensor> {
-    let dtype = accumulation_dtype(input.dtype());
-    let mean = running.mean.as_detached_tensor().to_dtype(dtype)?;
-    let var = running.var.as_detached_tensor().to_dtype(dtype)?;
-    Tensor::stack(&[&mean, &mean.zeros_like()?, &var], 0)
 }

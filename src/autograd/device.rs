@@ -73,7 +73,7 @@ macro_rules! on_device {
 
 type Guarded<'a> = (candle_core::StorageRef<'a>, &'a candle_core::Layout);
 
-fn cpu<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, CpuStorage>> {
+pub(crate) fn cpu<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, CpuStorage>> {
     match guarded.0.deref() {
         Storage::Cpu(storage) => Ok(Arg::new(storage, guarded.1)),
         _ => bail!("candle-norm: an argument left the CPU between forward and backward"),
@@ -81,7 +81,7 @@ fn cpu<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, CpuStorage>> {
 }
 
 #[cfg(feature = "cuda")]
-fn cuda<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, candle_core::CudaStorage>> {
+pub(crate) fn cuda<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, candle_core::CudaStorage>> {
     match guarded.0.deref() {
         Storage::Cuda(storage) => Ok(Arg::new(storage, guarded.1)),
         _ => bail!("candle-norm: an argument left the GPU between forward and backward"),

@@ -5,7 +5,7 @@
 
 use super::composed;
 use super::device::{self, BackwardTensors};
-use crate::call::{Arg, Forward, Norm, Running, Want};
+use crate::call::{accumulation_dtype, Arg, Forward, Given, Norm, Running, Want};
 use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use candle_core::{CustomOp1, CustomOp2, CustomOp3};
 use std::sync::{Arc, OnceLock};
@@ -14,8 +14,8 @@ use std::sync::{Arc, OnceLock};
 pub(crate) enum Source {
     /// From the input, whose statistics may also move running ones.
     Input(Option<Running>),
-    /// A tensor `[3, sets]` that does not depend on the input (evaluation).
-    Given(Tensor),
+    /// From running statistics, as they are at the time of the forward (evaluation).
+    Running(Running),
 }
 
 /// Normalizes `x`, contiguous in the geometry's order, and attaches the gradients.
@@ -54,7 +54,10 @@ fn composed_forward(
     source: Source,
 ) -> Result<Tensor> {
     match source {
-        Source::Given(stats) => composed::forward(x, &norm, weight, bias, Some(&stats)),
+        Source::Running(running) => {
+            let stats = running_statistics(x, &running)?;
+            composed::forward(x, &norm, weight, bias, Some(&stats))
+        }
         Source::Input(running) => {
             let y = composed::forward(x, &norm, weight, bias, None)?;
             if let Some(running) = running {
@@ -63,6 +66,14 @@ fn composed_forward(
             Ok(y)
         }
     }
+}
+
+/// Running statistics as a tensor `[3, sets]`.
+fn running_statistics(x: &Tensor, running: &Running) -> Result<Tensor> {
+    let dtype = accumulation_dtype(x.dtype());
+    let mean = running.mean.as_detached_tensor().to_dtype(dtype)?;
+    let var = running.var.as_detached_tensor().to_dtype(dtype)?;
+    Tensor::stack(&[&mean, &mean.zeros_like()?, &var], 0)
 }
 
 /// The composed counterpart of what the kernels do with `Forward::running`.
@@ -98,17 +109,19 @@ impl NormOp {
         }
     }
 
-    fn given(&self) -> Option<&Tensor> {
+    /// Running statistics that this forward moves.
+    fn moves(&self) -> Option<&Running> {
         match &self.source {
-            Source::Given(stats) => Some(stats),
-            Source::Input(_) => None,
+            Source::Input(running) => running.as_ref(),
+            Source::Running(_) => None,
         }
     }
 
-    fn running(&self) -> Option<&Running> {
+    /// Running statistics that this forward normalizes with.
+    fn reads(&self) -> Option<&Running> {
         match &self.source {
-            Source::Input(running) => running.as_ref(),
-            Source::Given(_) => None,
+            Source::Running(running) => Some(running),
+            Source::Input(_) => None,
         }
     }
 
@@ -119,12 +132,11 @@ impl NormOp {
     ) -> Result<(CpuStorage, Shape)> {
         let (weight, bias) = self.affine(affine);
         let arg = |(storage, layout)| Arg::new(storage, layout);
-        let given = self.given().map(|t| t.storage_and_layout());
-        let stats = match &given {
-            Some((storage, layout)) => match &**storage {
-                Storage::Cpu(storage) => Some(Arg::new(storage, layout)),
-                _ => bail!("{}: statistics are not on the CPU", self.norm.name),
-            },
+        let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
+        let given = match &guards {
+            Some((mean, var)) => {
+                Some(Given { mean: device::cpu(mean)?, mean_low: None, var: device::cpu(var)? })
+            }
             None => None,
         };
         let (y, stats) = device::cpu_forward(Forward {
@@ -132,9 +144,9 @@ impl NormOp {
             x: arg(x),
             weight: weight.map(arg),
             bias: bias.map(arg),
-            stats,
-            keep: self.keep && stats.is_none(),
-            running: self.running(),
+            given,
+            keep: self.keep,
+            running: self.moves(),
         })?;
         self.save(stats.map(Storage::Cpu));
         Ok((y, x.1.shape().clone()))
@@ -148,12 +160,11 @@ impl NormOp {
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let (weight, bias) = self.affine(affine);
         let arg = |(storage, layout)| Arg::new(storage, layout);
-        let given = self.given().map(|t| t.storage_and_layout());
-        let stats = match &given {
-            Some((storage, layout)) => match &**storage {
-                Storage::Cuda(storage) => Some(Arg::new(storage, layout)),
-                _ => bail!("{}: statistics are not on the GPU", self.norm.name),
-            },
+        let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
+        let given = match &guards {
+            Some((mean, var)) => {
+                Some(Given { mean: device::cuda(mean)?, mean_low: None, var: device::cuda(var)? })
+            }
             None => None,
         };
         let (y, stats) = crate::cuda::forward(Forward {
@@ -161,9 +172,9 @@ impl NormOp {
             x: arg(x),
             weight: weight.map(arg),
             bias: bias.map(arg),
-            stats,
-            keep: self.keep && stats.is_none(),
-            running: self.running(),
+            given,
+            keep: self.keep,
+            running: self.moves(),
         })?;
         self.save(stats.map(Storage::Cuda));
         Ok((y, x.1.shape().clone()))
@@ -177,6 +188,18 @@ impl NormOp {
         }
     }
 
+    fn statistics(&self) -> Result<&Tensor> {
+        match self.saved.get() {
+            Some(stats) => Ok(stats),
+            None => bail!("{}: backward without a forward that kept statistics", self.norm.name),
+        }
+    }
+
+    /// Statistics that did not depend on x.
+    fn fixed(&self) -> Result<Option<&Tensor>> {
+        self.reads().map(|_| self.statistics()).transpose()
+    }
+
     /// Gradients of x and of each affine argument, `None` where nobody tracks it.
     fn backward(&self, x: &Tensor, affine: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         let (weight, bias) = self.affine(affine);
@@ -184,7 +207,7 @@ impl NormOp {
             t.filter(|t| t.track_op())
         }
         let (dx, dweight, dbias) = if dy.track_op() || second_order() {
-            let [dx, dw, db] = composed::backward(x, dy, &self.norm, weight, self.given())?;
+            let [dx, dw, db] = composed::backward(x, dy, &self.norm, weight, self.fixed()?)?;
             (Some(dx), Some(dw), Some(db))
         } else {
             let want = Want {
@@ -212,17 +235,13 @@ impl NormOp {
         dy: &Tensor,
         want: Want,
     ) -> Result<crate::call::Gradients<Tensor>> {
-        let stats = match self.given().or_else(|| self.saved.get()) {
-            Some(stats) => stats,
-            None => bail!("{}: backward without a forward", self.norm.name),
-        };
         device::backward(BackwardTensors {
             norm: self.norm,
             x: &x.detach(),
             dy: &dy.contiguous()?,
             weight,
-            stats,
-            fixed: self.given().is_some(),
+            stats: self.statistics()?,
+            fixed: self.reads().is_some(),
             want,
         })
     }

@@ -61,8 +61,11 @@ pub(crate) fn forward(call: Forward<CpuStorage>) -> Result<(CpuStorage, Option<C
     let x = load(&call.x, g.elements())?;
     let param = |p: Option<Arg<CpuStorage>>, or| p.map_or(Ok(vec![or; params]), |p| load(&p, params));
     let (w, b) = (param(call.weight, 1.0)?, param(call.bias, 0.0)?);
-    let stats = match &call.stats {
-        Some(stats) => load(stats, 3 * sets)?,
+    let stats = match &call.given {
+        Some(given) => {
+            let low = given.mean_low.map_or(Ok(vec![0.0; sets]), |low| load(&low, sets))?;
+            [load(&given.mean, sets)?, low, load(&given.var, sets)?].concat()
+        }
         None => own_statistics(&call.norm, &x),
     };
     let mut y = vec![0.0; x.len()];
