@@ -4,5 +4,7 @@
 mod autograd;
 mod call;
 mod cpu;
+#[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
+mod cuda;
 pub mod functional;
 mod geometry;

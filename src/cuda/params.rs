@@ -1,0 +1,132 @@
+//! The one argument every kernel takes: `struct Params` of `cuda/params.cuh`, field for field.
+//!
+//! Apart from the plan that fills it, because its layout is a contract with C++. Both sides state its
+//! size. All launches of one op take the same value, so an executor copies it and adds nothing.
+
+/// Exact division of numbers below 2^31 by a constant: one multiplication and a shift.
+///
+/// `n / d = (mulhi(n, magic) + n) >> shift` with `shift = ceil(log2 d)` and
+/// `magic = 2^32 * (2^shift - d) / d + 1`. Source: Granlund and Montgomery, "Division by invariant
+/// integers using multiplication".
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Divisor {
+    pub divisor: u32,
+    pub magic: u32,
+    pub shift: u32,
+}
+
+impl Divisor {
+    /// Divisors of 2^31 and more become 2^31: they exceed every dividend, so the quotient is 0.
+    pub fn new(divisor: usize) -> Self {
+        let d = divisor.clamp(1, 1 << 31) as u64;
+        let shift = d.next_power_of_two().trailing_zeros();
+        let magic = (((1u64 << 32) * ((1u64 << shift) - d)) / d + 1) as u32;
+        Self { divisor: d as u32, magic, shift }
+    }
+}
+
+/// Bits of `Params::flags`.
+pub(crate) mod flags {
+    /// Subtract the mean (not for RMS norm).
+    pub const CENTER: u32 = 1;
+    /// The statistics did not depend on x: the input gradient has no set sums in it.
+    pub const FIXED: u32 = 1 << 1;
+    /// Weight and bias may be loaded 16 bytes at a time.
+    pub const PARAMS_ALIGNED: u32 = 1 << 2;
+    /// Every element of a set has the same parameter.
+    pub const PER_SET: u32 = 1 << 3;
+    /// A set's elements have consecutive parameters.
+    pub const PER_COLUMN: u32 = 1 << 4;
+    /// The parameter of an element is its row.
+    pub const PER_ROW: u32 = 1 << 5;
+    /// Forward takes `stats` as given; otherwise it computes them, and writes them where not null.
+    pub const GIVEN: u32 = 1 << 6;
+    /// `sums` are without the weight in them: the input gradient multiplies by it afterwards.
+    pub const UNWEIGHTED: u32 = 1 << 7;
+    /// `part_sums` already have the weight in them.
+    pub const PART_WEIGHTED: u32 = 1 << 8;
+    /// Somebody wants the gradient of weight or bias.
+    pub const WANT_PARAMS: u32 = 1 << 9;
+}
+
+/// What a kernel needs to know. Addresses are device addresses, 0 where there is nothing.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(crate) struct Params {
+    /// Input, and the gradient of the output, of x's dtype.
+    pub x: u64,
+    pub dy: u64,
+    /// Output, or the input's gradient.
+    pub out: u64,
+    pub weight: u64,
+    pub bias: u64,
+    /// `[3, sets]`: mean, mean_low, var.
+    pub stats: u64,
+    /// `[2, sets]`: sums over each set of the gradient, and of the gradient times xhat.
+    pub sums: u64,
+    /// Moments of parts, `[3, outer, part_chunks, part_width]`.
+    pub part_moments: u64,
+    /// Sums of parts for `sums`, `[2, outer, part_chunks, part_width]`.
+    pub part_sums: u64,
+    /// Parts of the parameters' gradients, `[2, copies, param_width]`.
+    pub param_parts: u64,
+    pub running_mean: u64,
+    pub running_var: u64,
+    pub dweight: u64,
+    pub dbias: u64,
+
+    /// The geometry.
+    pub outer: u64,
+    pub rows: u64,
+    pub width: u64,
+    pub run: u64,
+    pub span: u64,
+    pub sets: u64,
+    pub sets_per_outer: u64,
+    pub set_len: u64,
+    pub params: u64,
+
+    /// A set as segments of contiguous elements, `seg_stride` apart.
+    pub segs: u64,
+    pub seg_len: u64,
+    pub seg_stride: u64,
+    /// A chunk is a piece of `chunk_len` elements of one segment where `pieces > 1`, else
+    /// `segs_per_chunk` whole segments. In column kernels it is `chunk_rows` rows.
+    pub chunk_len: u64,
+    pub pieces: u64,
+    pub segs_per_chunk: u64,
+    pub chunks: u64,
+    pub chunk_rows: u64,
+
+    /// Parts of a set `s`: `part_run` neighbouring columns of the part block `s / sets_per_outer`.
+    pub part_chunks: u64,
+    pub part_width: u64,
+    pub part_run: u64,
+    /// Neighbouring part columns that share a parameter.
+    pub part_span: u64,
+    /// Parts of parameter `p`: `param_span` neighbouring columns of every copy.
+    pub copies: u64,
+    pub param_width: u64,
+    pub param_span: u64,
+
+    pub eps: f64,
+    pub momentum: f64,
+    /// Elements that the means of the sums run over; more than `set_len` where ranks share a set.
+    pub count: f64,
+
+    pub by_seg: Divisor,
+    pub by_span: Divisor,
+    pub flags: u32,
+    /// Threads that share a set, or lanes along the columns.
+    pub lanes: u32,
+    /// dtype codes: 0 f32, 1 f16, 2 bf16, 3 f64.
+    pub weight_dtype: u32,
+    pub bias_dtype: u32,
+    pub running_mean_dtype: u32,
+    pub running_var_dtype: u32,
+    pub dweight_dtype: u32,
+    pub dbias_dtype: u32,
+}
+
+const _: () = assert!(size_of::<Params>() == 14 * 8 + 24 * 8 + 3 * 8 + 14 * 4);
