@@ -59,7 +59,7 @@ pub fn batch_norm(
         bail!("{op}: expected more than 1 value per channel when training, got input size {:?}", input.dims())
     }
     let source = match (training, running) {
-        (true, running) => Source::Input(running),
+        (true, running) => Source::Input(apart(op, running, &[Some(input), weight, bias])?),
         (false, Some(running)) => Source::Running(running),
         (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
     };
@@ -113,7 +113,8 @@ pub fn instance_norm(
     if input.dims()[2..].iter().product::<usize>() == 1 {
         bail!("{op}: expected more than 1 spatial element when training, got input size {:?}", input.dims())
     }
-    apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, Source::Input(running))
+    let source = Source::Input(apart(op, running, &[Some(input), weight, bias])?);
+    apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, source)
 }
 
 /// Layer normalization over the last dimensions, which must equal `normalized_shape`.
@@ -346,4 +347,21 @@ fn check_running(
         }
     }
     Ok(Some(Running { mean: mean.clone(), var: var.clone(), momentum }))
+}
+
+/// Refuses running statistics that lie in an argument's memory: candle holds a read lock on it while
+/// the op runs, and writing them would wait for that lock for ever.
+fn apart(op: &str, running: Option<Running>, args: &[Option<&Tensor>]) -> Result<Option<Running>> {
+    let Some(running) = running else { return Ok(None) };
+    for arg in args.iter().flatten() {
+        if same_storage(arg, &running.mean) || same_storage(arg, &running.var) {
+            bail!("{op}: expected running statistics in memory of their own, got an argument's")
+        }
+    }
+    Ok(Some(running))
+}
+
+fn same_storage(a: &Tensor, b: &Tensor) -> bool {
+    let address = |t: &Tensor| std::ptr::from_ref(&*t.storage_and_layout().0).addr();
+    address(a) == address(b)
 }
