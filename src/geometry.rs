@@ -178,8 +178,8 @@ pub fn channels(dims: &[usize], stride: &[usize], channels: Channels) -> Option<
     let (outer, rows, width, run) = match (channels, last) {
         (Channels::Batch, false) => (1, n, c * s, s),
         (Channels::Batch, true) => (1, n * s, c, 1),
-        (Channels::Groups(g), false) => (n, 1, c * s, c / g * s),
-        (Channels::Groups(g), true) => (n, s, c, c / g),
+        (Channels::Groups(g), false) => (n, 1, c * s, c.checked_div(g).unwrap_or(0) * s),
+        (Channels::Groups(g), true) => (n, s, c, c.checked_div(g).unwrap_or(0)),
     };
     let geometry = Geometry { outer, rows, width, run, affine: Affine::Column { span }, center: true };
     Some(Placed { geometry, order: order_unless_identity(order, dims, stride) })

@@ -206,6 +206,11 @@ impl NormOp {
         fn wanted<'a>(t: Option<&'a Tensor>) -> Option<&'a Tensor> {
             t.filter(|t| t.track_op())
         }
+        if x.elem_count() == 0 {
+            // An empty block has no width to count parameters by, and nothing to sum.
+            let zeros = |arg: &&Tensor| wanted(Some(*arg)).map(Tensor::zeros_like).transpose();
+            return std::iter::once(&x).chain(affine).map(zeros).collect();
+        }
         let (dx, dweight, dbias) = if dy.track_op() || second_order() {
             let [dx, dw, db] = composed::backward(x, dy, &self.norm, weight, self.fixed()?)?;
             (Some(dx), Some(dw), Some(db))

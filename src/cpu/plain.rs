@@ -47,9 +47,10 @@ fn own_statistics(norm: &Norm, x: &[f64]) -> Vec<f64> {
     let mut stats = vec![0.0; 3 * sets];
     if g.center {
         elements(norm).for_each(|(i, s, _)| stats[s] += x[i] / n);
+        elements(norm).for_each(|(i, s, _)| stats[sets + s] += (x[i] - stats[s]) / n);
     }
     for (i, s, _) in elements(norm) {
-        let d = x[i] - stats[s];
+        let d = x[i] - stats[s] - stats[sets + s];
         stats[2 * sets + s] += d * d / n;
     }
     stats
@@ -89,7 +90,7 @@ fn split_mean(mut stats: Vec<f64>) -> Vec<f64> {
     for s in 0..sets {
         let mean = stats[s];
         stats[s] = mean as f32 as f64;
-        stats[sets + s] = mean - stats[s];
+        stats[sets + s] += mean - stats[s];
     }
     stats
 }
