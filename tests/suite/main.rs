@@ -2,4 +2,20 @@
 //!
 //! One binary, because each links all of candle (and of CUDA).
 
+mod autograd;
+mod case;
+mod common;
+mod compare;
+mod determinism;
+mod empty;
+mod errors;
+mod finite_differences;
+mod golden;
+mod identities;
+mod oracle;
+mod precision;
+mod random;
+mod second_order;
+mod special;
+mod training;
 mod worked_example;

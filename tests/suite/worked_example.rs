@@ -2,7 +2,8 @@
 //!
 //! The input is PyTorch's `torch.manual_seed(42); torch.randn(1, 2, 2, 2)`, 0.3367 and so on when rounded.
 
-use candle_core::{Device, Result, Tensor, Var};
+use crate::common::device;
+use candle_core::{Result, Tensor, Var};
 use candle_norm::functional as f;
 
 fn input() -> Result<Tensor> {
@@ -16,7 +17,7 @@ fn input() -> Result<Tensor> {
         2.20820141,
         -0.637997031,
     ];
-    Tensor::from_slice(&x, (1, 2, 2, 2), &Device::Cpu)
+    Tensor::from_slice(&x, (1, 2, 2, 2), device())
 }
 
 fn assert_rounds_to(t: &Tensor, expected: &[f32]) -> Result<()> {
@@ -31,8 +32,8 @@ fn assert_rounds_to(t: &Tensor, expected: &[f32]) -> Result<()> {
 
 #[test]
 fn batch_norm_in_training() -> Result<()> {
-    let mean = Var::from_vec(vec![2f32; 2], 2, &Device::Cpu)?;
-    let var = Var::from_vec(vec![1f32; 2], 2, &Device::Cpu)?;
+    let mean = Var::from_vec(vec![2f32; 2], 2, device())?;
+    let var = Var::from_vec(vec![1f32; 2], 2, device())?;
     let y = f::batch_norm(&input()?, Some(&mean), Some(&var), None, None, true, 0.1, 1e-5)?;
     assert_rounds_to(&y, &[1.4150, -1.4102, 0.0257, -0.0305, -0.9276, -0.1964, 1.6731, -0.5491])?;
     assert_rounds_to(&mean, &[1.8233, 1.8065])?;

@@ -1,0 +1,193 @@
+//! Rules of the graph: who gets a gradient, of which dtype, how often, and through which views.
+
+use crate::case::{Argument, Case, Layout, Norm};
+use crate::common::{bits, device, tensor, values};
+use crate::compare;
+use candle_core::{DType, Result, Tensor, Var};
+
+/// One case of each function and mode; with weight, and with bias where the function takes one.
+pub fn each() -> Vec<Case> {
+    let dims = [3, 4, 2, 5];
+    [
+        Norm::Batch { training: true },
+        Norm::Batch { training: false },
+        Norm::Instance { use_input_stats: true },
+        Norm::Instance { use_input_stats: false },
+        Norm::Layer { normalized: 1 },
+        Norm::Layer { normalized: 3 },
+        Norm::Group { groups: 2 },
+        Norm::Rms { normalized: 2 },
+    ]
+    .map(|norm| Case::new(norm, &dims))
+    .into()
+}
+
+/// Gradients of x, weight and bias where those of `tracked` are variables and the others plain tensors.
+fn gradients(case: &Case, tracked: [bool; 3]) -> Result<([Option<Vec<u64>>; 3], Tensor)> {
+    let args = case.random();
+    let built = case.build(&args)?;
+    let as_tracked = |a: Option<&Argument>, tracked: bool| -> Option<Tensor> {
+        a.map(|a| if tracked { a.base.as_tensor().clone() } else { a.base.as_detached_tensor() })
+    };
+    let all = [Some(&built.x), built.weight.as_ref(), built.bias.as_ref()];
+    let all = [0, 1, 2].map(|i| as_tracked(all[i], tracked[i]));
+    let [x, weight, bias] = all.each_ref().map(Option::as_ref);
+    let y = case.call(x.expect("x"), weight, bias, built.running.as_ref())?;
+    let dy = tensor(&args.dy, &case.dims, case.dtype)?;
+    let grads = (&y * dy)?.sum_all()?.backward()?;
+    Ok((all.each_ref().map(|t| t.as_ref().and_then(|t| grads.get(t)).map(bits)), y))
+}
+
+#[test]
+fn only_what_is_tracked_gets_a_gradient() -> Result<()> {
+    for case in each() {
+        let (full, _) = gradients(&case, [true; 3])?;
+        assert_eq!(full.each_ref().map(Option::is_some), [true, true, case.bias], "{case:?}");
+        for subset in 0..8 {
+            let tracked = [0, 1, 2].map(|i| subset >> i & 1 == 1);
+            let (some, y) = gradients(&case, tracked)?;
+            for i in 0..3 {
+                let expected = if tracked[i] { full[i].clone() } else { None };
+                assert_eq!(some[i], expected, "argument {i} with {tracked:?} tracked in {case:?}");
+            }
+            let any = tracked[0] || tracked[1] || (tracked[2] && case.bias);
+            assert_eq!(y.track_op(), any, "with {tracked:?} tracked in {case:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn backward_runs_twice_on_one_graph() -> Result<()> {
+    for case in each() {
+        let built = case.build(&case.random())?;
+        let loss = case.forward(&built)?.sqr()?.sum_all()?;
+        let once = loss.backward()?;
+        let twice = loss.backward()?;
+        for argument in [Some(&built.x), built.weight.as_ref(), built.bias.as_ref()].into_iter().flatten() {
+            let [once, twice] =
+                [&once, &twice].map(|g| argument.gradient(g).map(|g| bits(&g.expect("a gradient"))));
+            assert_eq!(once?, twice?, "{case:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn each_gradient_has_its_arguments_dtype() -> Result<()> {
+    let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
+    for case in each() {
+        for dtype in dtypes {
+            for params in dtypes {
+                let case = Case { dtype, params, ..case.clone() };
+                // Compares dtypes and shapes too.
+                compare::against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn weight_and_bias_may_differ_in_dtype() -> Result<()> {
+    for case in each().into_iter().filter(|case| case.bias) {
+        let case = Case { dtype: DType::BF16, ..case };
+        let built = case.build(&case.random())?;
+        let weight = Var::from_tensor(&built.weight.as_ref().expect("a weight").view)?;
+        let bias = Var::from_tensor(&built.bias.as_ref().expect("a bias").view.to_dtype(DType::F64)?)?;
+        let y = case.call(&built.x.view, Some(&weight), Some(&bias), built.running.as_ref())?;
+        let grads = y.sum_all()?.backward()?;
+        assert_eq!(y.dtype(), DType::BF16);
+        assert_eq!(grads.get(&weight).expect("dweight").dtype(), DType::F32);
+        assert_eq!(grads.get(&bias).expect("dbias").dtype(), DType::F64);
+        let per_param = (case.dims.iter().product::<usize>() / bias.elem_count()) as f64;
+        assert!(values(grads.get(&bias).expect("dbias")).iter().all(|&db| db == per_param), "{case:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn bias_without_weight() -> Result<()> {
+    for case in each() {
+        let case = Case { weight: false, ..case };
+        compare::against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));
+    }
+    Ok(())
+}
+
+#[test]
+fn through_channels_last_and_cut_out_views() -> Result<()> {
+    let orders = [vec![], vec![0, 2, 3, 1], vec![1, 0, 2, 3], vec![2, 3, 0, 1], vec![3, 2, 1, 0]];
+    for case in each() {
+        for order in &orders {
+            for narrow in [None, Some((0, 1, 1)), Some((1, 2, 0)), Some((3, 1, 2))] {
+                let layout = Layout { order: order.clone(), narrow, broadcast: None };
+                let case = Case { layout, narrow_params: narrow.is_some(), ..case.clone() };
+                compare::against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn a_gradient_of_the_output_in_any_layout() -> Result<()> {
+    for case in each() {
+        let args = case.random();
+        let dy = tensor(&args.dy, &case.dims, case.dtype)?;
+        let plain = case.build(&args)?;
+        let expected = (case.forward(&plain)? * &dy)?.sum_all()?.backward()?;
+        let expected = bits(&plain.x.gradient(&expected)?.expect("dx"));
+        // The same loss behind a transposition: its gradient comes back transposed.
+        let built = case.build(&args)?;
+        let turned = (case.forward(&built)?.permute((3, 1, 0, 2))? * dy.permute((3, 1, 0, 2))?)?;
+        let got = turned.sum_all()?.backward()?;
+        assert_eq!(bits(&built.x.gradient(&got)?.expect("dx")), expected, "{case:?}");
+        // A sum's gradient is one number repeated with stride 0.
+        let ones = case.build(&args)?;
+        let got = case.forward(&ones)?.sum_all()?.backward()?;
+        let filled = case.build(&args)?;
+        let expected = (case.forward(&filled)? * dy.ones_like()?)?.sum_all()?.backward()?;
+        let of = |built: &crate::case::Built, grads| -> Result<Vec<u64>> {
+            Ok(bits(&built.x.gradient(grads)?.expect("dx")))
+        };
+        assert_eq!(of(&ones, &got)?, of(&filled, &expected)?, "{case:?}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_input_used_twice_gets_both_gradients() -> Result<()> {
+    for case in each() {
+        let args = case.random();
+        let built = case.build(&args)?;
+        let dy = tensor(&args.dy, &case.dims, case.dtype)?;
+        let through = (case.forward(&built)? * &dy)?.sum_all()?;
+        let alone = values(&built.x.gradient(&through.backward()?)?.expect("dx"));
+        let both = (through + (&built.x.view * 2.0)?.sum_all()?)?;
+        let both = values(&built.x.gradient(&both.backward()?)?.expect("dx"));
+        for (alone, both) in alone.iter().zip(&both) {
+            // One addition of f32.
+            assert_eq!((*alone as f32 + 2.0) as f64, *both, "{case:?}");
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn running_statistics_get_no_gradient_and_are_no_part_of_the_graph() -> Result<()> {
+    for case in each().into_iter().filter(|c| matches!(c.norm, Norm::Batch { .. } | Norm::Instance { .. })) {
+        let case = Case { running: Some(DType::F32), ..case };
+        let built = case.build(&case.random())?;
+        let (mean, var) = built.running.as_ref().expect("running statistics");
+        let y = case.forward(&built)?;
+        let before = bits(&built.x.gradient(&y.sqr()?.sum_all()?.backward()?)?.expect("dx"));
+        // Moved after the forward, they change nothing in the backward.
+        mean.set(&Tensor::full(9f32, mean.dims(), device())?)?;
+        var.set(&Tensor::full(9f32, var.dims(), device())?)?;
+        let grads = y.sqr()?.sum_all()?.backward()?;
+        assert!(grads.get(mean).is_none() && grads.get(var).is_none(), "{case:?}");
+        assert_eq!(bits(&built.x.gradient(&grads)?.expect("dx")), before, "{case:?}");
+    }
+    Ok(())
+}

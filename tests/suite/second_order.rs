@@ -1,0 +1,108 @@
+//! Gradients of gradients, with `CANDLE_GRAD_DO_NOT_DETACH=1`.
+//!
+//! candle reads that variable once a thread, and the other tests must not see it: the test starts itself
+//! again as a child process that has it.
+
+use crate::case::{Arguments, Case};
+use crate::common::{tensor, values};
+use crate::finite_differences::{cases, close, derivative};
+use crate::oracle;
+use candle_core::{DType, Result, Tensor, Var};
+
+const SWITCH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
+
+#[test]
+fn matches_finite_differences_of_the_first() -> Result<()> {
+    if std::env::var(SWITCH).is_ok() {
+        return cases().iter().try_for_each(check);
+    }
+    let binary = std::env::current_exe()?;
+    let name = "second_order::matches_finite_differences_of_the_first";
+    let child = std::process::Command::new(binary).args(["--exact", name]).env(SWITCH, "1").output()?;
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success() && said.contains("1 passed"), "{said}");
+    Ok(())
+}
+
+/// Directions in which the first gradient is looked at: their sum's gradient is the second order.
+struct Directions {
+    x: Vec<f64>,
+    weight: Vec<f64>,
+    bias: Vec<f64>,
+}
+
+fn dot(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
+
+/// The first gradient along the directions, from the oracle.
+fn first(case: &Case, args: &Arguments, along: &Directions) -> f64 {
+    let expected = oracle::evaluate(case, args);
+    let of = |v: Vec<oracle::Approx>| v.into_iter().map(|a| a.value).collect::<Vec<_>>();
+    let mut sum = dot(&of(expected.dx), &along.x);
+    if case.weight {
+        sum += dot(&of(expected.dweight), &along.weight);
+    }
+    if case.bias {
+        sum += dot(&of(expected.dbias), &along.bias);
+    }
+    sum
+}
+
+fn check(case: &Case) -> Result<()> {
+    let args = case.random();
+    let params = case.param_dims();
+    let other = Case { seed: 7, weight: true, bias: true, ..case.clone() }.random();
+    let along = Directions {
+        x: other.x,
+        weight: other.weight.unwrap_or_default(),
+        bias: other.bias.unwrap_or_default(),
+    };
+
+    let built = case.build(&args)?;
+    let dy = Var::from_tensor(&tensor(&args.dy, &case.dims, DType::F64)?)?;
+    let y = case.forward(&built)?;
+    let grads = (&y * dy.as_tensor())?.sum_all()?.backward()?;
+    let mut sum =
+        (view_of(&built.x, &grads, &case.dims)? * tensor(&along.x, &case.dims, DType::F64)?)?.sum_all()?;
+    for (argument, direction) in [(&built.weight, &along.weight), (&built.bias, &along.bias)] {
+        if let Some(argument) = argument {
+            let gradient = view_of(argument, &grads, &params)?;
+            sum = (sum + (gradient * tensor(direction, &params, DType::F64)?)?.sum_all()?)?;
+        }
+    }
+    let second = sum.backward()?;
+    let of_x = view_of(&built.x, &second, &case.dims)?;
+    let of_weight = built.weight.as_ref().map(|w| view_of(w, &second, &params)).transpose()?;
+    let of_dy = second.get(dy.as_tensor()).expect("dy moves the first gradient").clone();
+
+    type Pick = fn(&mut Arguments) -> &mut Vec<f64>;
+    let all: [(&str, Option<Tensor>, Pick); 3] = [
+        ("x", Some(of_x), |args| &mut args.x),
+        ("weight", of_weight, |args| args.weight.as_mut().expect("a weight")),
+        ("dy", Some(of_dy), |args| &mut args.dy),
+    ];
+    for (name, got, pick) in all {
+        for (i, got) in got.as_ref().map(values).unwrap_or_default().into_iter().enumerate() {
+            let expected = derivative(|step| {
+                let mut moved = args.clone();
+                pick(&mut moved)[i] += step;
+                Ok(first(case, &moved, &along))
+            })?;
+            assert!(close(got, expected), "by {name}[{i}]: {got}, expected {expected} in {case:?}");
+        }
+    }
+    Ok(())
+}
+
+/// The gradient of an argument as it was viewed; zero where nothing reached it.
+fn view_of(
+    argument: &crate::case::Argument,
+    grads: &candle_core::backprop::GradStore,
+    dims: &[usize],
+) -> Result<Tensor> {
+    match argument.gradient(grads)? {
+        Some(gradient) => Ok(gradient),
+        None => tensor(&vec![0.0; dims.iter().product()], dims, DType::F64),
+    }
+}
