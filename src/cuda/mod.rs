@@ -4,6 +4,8 @@
 //! C++ compiler has compiled the same kernels. The ops here serve both.
 
 mod entry;
+#[cfg(feature = "cuda")]
+mod launch;
 mod machine;
 mod params;
 mod plan;
