@@ -210,7 +210,7 @@ pub fn rms_norm(
     apply_layer("rms-norm", input, normalized_shape, weight, None, eps, false)
 }
 
-fn apply_layer(
+pub(crate) fn apply_layer(
     op: &'static str,
     input: &Tensor,
     shape: &[usize],

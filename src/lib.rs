@@ -8,3 +8,19 @@ mod cpu;
 mod cuda;
 pub mod functional;
 mod geometry;
+mod layers;
+pub mod ops;
+
+pub use layers::batch_norm::{batch_norm, batch_norm1d, batch_norm2d, batch_norm3d};
+pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions};
+pub use layers::group_norm::{group_norm, GroupNorm, GroupNormOptions};
+pub use layers::instance_norm::{instance_norm, instance_norm1d, instance_norm2d, instance_norm3d};
+pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions};
+pub use layers::layer_norm::{layer_norm, layer_norm_no_bias};
+pub use layers::layer_norm::{LayerNorm, LayerNormConfig, LayerNormOptions};
+pub use layers::rms_norm::{rms_norm, RmsNorm, RmsNormOptions};
+pub use layers::{batch_norm, group_norm, instance_norm, layer_norm, rms_norm, FoldBatchNorm};
+
+/// candle-nn's traits, which the layers implement.
+#[doc(no_inline)]
+pub use candle_nn::{Module, ModuleT};

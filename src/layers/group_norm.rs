@@ -1,0 +1,183 @@
+//! Group normalization.
+//!
+//! ```text
+//! y = (x - mean) / sqrt(var + eps) * weight + bias
+//! ```
+//!
+//! over groups of `num_channels / num_groups` channels of each sample of `[N, C, ..]`, with the biased
+//! `var`; the same in training and evaluation. Wu and He,
+//! [Group Normalization](https://arxiv.org/abs/1803.08494); arguments and meaning are those of
+//! [`torch.nn.GroupNorm`](https://docs.pytorch.org/docs/stable/generated/torch.nn.GroupNorm.html).
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_norm::{group_norm, Module};
+//! # fn main() -> candle_core::Result<()> {
+//! let vars = candle_nn::VarMap::new();
+//! let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+//! let norm = group_norm(2, 4, 0.0, vb)?;
+//! let x = Tensor::new(&[[[1f32], [3.], [10.], [30.]]], &Device::Cpu)?;
+//! assert_eq!(norm.forward(&x)?.to_vec3::<f32>()?, [[[-1.], [1.], [-1.], [1.]]]);
+//! assert_eq!(norm.to_string(), "GroupNorm(2, 4, eps=0.0, affine=True)");
+//! # Ok(()) }
+//! ```
+
+use super::options::options;
+use super::params::{self, check_eps};
+use super::repr::{truth, Float};
+use crate::functional;
+use candle_core::{bail, Result, Tensor};
+use candle_nn::{Module, VarBuilder};
+use std::fmt;
+
+options! {
+    /// PyTorch's arguments of group normalization.
+    ///
+    /// ```
+    /// use candle_norm::group_norm::GroupNormOptions;
+    /// assert!(!GroupNormOptions::default().eps(1e-6).affine(false).affine);
+    /// ```
+    pub struct GroupNormOptions {
+        /// Added to the variance; default 1e-5.
+        eps: f64 = 1e-5,
+        /// Whether there are a weight and a bias; default true.
+        affine: bool = true,
+    }
+}
+
+/// Group normalization of `[N, C, ..]`, of any rank from 2 up: see the [module](self).
+///
+/// The input is of any floating dtype, whatever the dtype of the parameters; the output has the
+/// input's shape, dtype and memory order.
+///
+/// # Errors
+/// The forward fails on an input with other channels than the layer's.
+#[derive(Debug, Clone)]
+pub struct GroupNorm {
+    num_groups: usize,
+    num_channels: usize,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// A layer with PyTorch's arguments; parameters `weight` and `bias` come from `vb`.
+    ///
+    /// # Errors
+    /// `num_groups` that does not divide `num_channels`, a tensor that `vb` lacks or has in another
+    /// shape, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_norm::{group_norm::GroupNormOptions, GroupNorm};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let vars = candle_nn::VarMap::new();
+    /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = GroupNorm::with_options(8, 32, GroupNormOptions::default().affine(false), vb.clone())?;
+    /// assert!(norm.weight().is_none());
+    /// assert!(GroupNorm::with_options(5, 32, 1e-5, vb).is_err());
+    /// # Ok(()) }
+    /// ```
+    pub fn with_options(
+        num_groups: usize,
+        num_channels: usize,
+        options: impl Into<GroupNormOptions>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let GroupNormOptions { eps, affine } = options.into();
+        check_groups(num_groups, num_channels)?;
+        check_eps("group-norm", eps)?;
+        let (weight, bias) = if affine {
+            let weight = params::weight(&vb, num_channels, "weight")?;
+            (Some(weight), Some(params::bias(&vb, num_channels, "bias")?))
+        } else {
+            (None, None)
+        };
+        Ok(Self { num_groups, num_channels, weight, bias, eps })
+    }
+
+    /// A layer of these tensors. Channels come before groups here, as in candle-nn.
+    ///
+    /// # Errors
+    /// `num_groups` that does not divide `num_channels`.
+    pub fn new(
+        weight: Tensor,
+        bias: Tensor,
+        num_channels: usize,
+        num_groups: usize,
+        eps: f64,
+    ) -> Result<Self> {
+        check_groups(num_groups, num_channels)?;
+        Ok(Self { num_groups, num_channels, weight: Some(weight), bias: Some(bias), eps })
+    }
+
+    /// Number of groups.
+    pub fn num_groups(&self) -> usize {
+        self.num_groups
+    }
+
+    /// Number of channels.
+    pub fn num_channels(&self) -> usize {
+        self.num_channels
+    }
+
+    /// Weight `[C]`.
+    pub fn weight(&self) -> Option<&Tensor> {
+        self.weight.as_ref()
+    }
+
+    /// Bias `[C]`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// What is added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.eps
+    }
+
+    /// Sets the weight to 1 and the bias to 0.
+    ///
+    /// # Errors
+    /// A weight or bias that is not a variable; then none is set.
+    pub fn reset_parameters(&self) -> Result<()> {
+        params::reset("group-norm", &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])
+    }
+}
+
+impl Module for GroupNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if x.rank() < 2 || x.dim(1)? != self.num_channels {
+            let (shape, channels) = (x.dims(), self.num_channels);
+            bail!("group-norm: input has shape {shape:?}, expected {channels} channels in dimension 1")
+        }
+        functional::group_norm(x, self.num_groups, self.weight(), self.bias(), self.eps)
+    }
+}
+
+/// PyTorch's notation.
+impl fmt::Display for GroupNorm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (eps, affine) = (Float(self.eps), truth(self.weight.is_some()));
+        write!(f, "GroupNorm({}, {}, eps={eps}, affine={affine})", self.num_groups, self.num_channels)
+    }
+}
+
+fn check_groups(num_groups: usize, num_channels: usize) -> Result<()> {
+    if num_groups == 0 || num_channels % num_groups != 0 {
+        bail!(
+            "group-norm: num_groups must divide num_channels, got {num_groups} groups and {num_channels} channels"
+        )
+    }
+    Ok(())
+}
+
+/// candle-nn's constructor: `weight` and `bias` from `vb`. Groups come before channels here, as in
+/// PyTorch.
+///
+/// # Errors
+/// As [`GroupNorm::with_options`].
+pub fn group_norm(num_groups: usize, num_channels: usize, eps: f64, vb: VarBuilder) -> Result<GroupNorm> {
+    GroupNorm::with_options(num_groups, num_channels, eps, vb)
+}

@@ -1,0 +1,283 @@
+//! Layer normalization.
+//!
+//! ```text
+//! y = (x - mean) / sqrt(var + eps) * weight + bias
+//! ```
+//!
+//! over the last dimensions of each sample, `normalized_shape`, with the biased `var`; the same in
+//! training and evaluation. Ba, Kiros and Hinton, [Layer Normalization](https://arxiv.org/abs/1607.06450);
+//! arguments and meaning are those of
+//! [`torch.nn.LayerNorm`](https://docs.pytorch.org/docs/stable/generated/torch.nn.LayerNorm.html).
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_norm::{LayerNorm, Module};
+//! # fn main() -> candle_core::Result<()> {
+//! let weight = Tensor::new(&[1f32, 1.], &Device::Cpu)?;
+//! let bias = Tensor::new(&[0f32, 10.], &Device::Cpu)?;
+//! let norm = LayerNorm::new(weight, bias, 0.0);
+//! let x = Tensor::new(&[[[1f32, 3.], [-20., 20.]]], &Device::Cpu)?;
+//! assert_eq!(norm.forward(&x)?.to_vec3::<f32>()?, [[[-1., 11.], [-1., 11.]]]);
+//! # Ok(()) }
+//! ```
+
+use super::options::options;
+use super::params::{self, check_eps};
+use super::repr::{truth, Maybe, Tuple};
+use crate::functional;
+use candle_core::{bail, DType, Result, Shape, Tensor};
+use candle_nn::{Module, VarBuilder};
+use std::fmt;
+
+pub use super::rms_norm::{rms_norm, RmsNorm};
+
+/// candle-nn's configuration of [`layer_norm`], field by field.
+///
+/// ```
+/// use candle_norm::LayerNormConfig;
+/// let config = LayerNormConfig { affine: false, ..Default::default() };
+/// assert_eq!(LayerNormConfig::from(1e-5), LayerNormConfig { affine: true, ..config });
+/// ```
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerNormConfig {
+    /// Added to the variance; default 1e-5.
+    pub eps: f64,
+    /// Whether to subtract the mean; default true. Without, this is RMS norm.
+    pub remove_mean: bool,
+    /// Whether there is a bias; default true. There is a weight either way.
+    pub affine: bool,
+}
+
+impl Default for LayerNormConfig {
+    fn default() -> Self {
+        Self { eps: 1e-5, remove_mean: true, affine: true }
+    }
+}
+
+/// The defaults with another `eps`.
+impl From<f64> for LayerNormConfig {
+    fn from(eps: f64) -> Self {
+        Self { eps, ..Self::default() }
+    }
+}
+
+options! {
+    /// PyTorch's arguments of layer normalization.
+    ///
+    /// ```
+    /// use candle_norm::layer_norm::LayerNormOptions;
+    /// let options = LayerNormOptions::default().eps(1e-6).bias(false);
+    /// assert!(options.elementwise_affine);
+    /// ```
+    pub struct LayerNormOptions {
+        /// Added to the variance; default 1e-5.
+        eps: f64 = 1e-5,
+        /// Whether there are a weight and a bias; default true.
+        elementwise_affine: bool = true,
+        /// Whether there is a bias besides the weight; default true.
+        bias: bool = true,
+    }
+}
+
+/// Layer normalization over the last dimensions: see the [module](self).
+///
+/// The input is of any floating dtype, whatever the dtype of the parameters, and of any memory order;
+/// the output has the input's shape, dtype and memory order.
+///
+/// # Errors
+/// The forward fails on an input whose last dimensions are not `normalized_shape`.
+#[derive(Debug, Clone)]
+pub struct LayerNorm {
+    /// Ones, and not used, where the layer has no weight.
+    weight: Tensor,
+    has_weight: bool,
+    bias: Option<Tensor>,
+    remove_mean: bool,
+    /// None for the machine epsilon of the dtype that the input is accumulated in.
+    eps: Option<f64>,
+}
+
+impl LayerNorm {
+    /// A layer with PyTorch's arguments over the last dimensions `normalized_shape`; parameters
+    /// `weight` (or `gamma`) and `bias` (or `beta`) come from `vb`.
+    ///
+    /// # Errors
+    /// An empty `normalized_shape`, a tensor that `vb` lacks or has in another shape, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_norm::{layer_norm::LayerNormOptions, LayerNorm};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let vars = candle_nn::VarMap::new();
+    /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = LayerNorm::with_options((3, 4), LayerNormOptions::default().bias(false), vb)?;
+    /// assert_eq!(norm.to_string(), "LayerNorm((3, 4), eps=1e-05, elementwise_affine=True)");
+    /// assert_eq!(norm.normalized_shape(), [3, 4]);
+    /// # Ok(()) }
+    /// ```
+    pub fn with_options(
+        normalized_shape: impl Into<Shape>,
+        options: impl Into<LayerNormOptions>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let options = options.into();
+        check_eps("layer-norm", options.eps)?;
+        let (shape, affine) = (normalized_shape.into(), options.elementwise_affine);
+        Self::get(shape, affine, affine && options.bias, true, Some(options.eps), vb)
+    }
+
+    /// The one way from a builder to a layer, RMS norm included.
+    pub(super) fn get(
+        shape: Shape,
+        has_weight: bool,
+        has_bias: bool,
+        remove_mean: bool,
+        eps: Option<f64>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        if shape.rank() == 0 {
+            bail!("layer-norm: expected normalized_shape to have at least one dimension, got none")
+        }
+        // Checkpoints that began in TensorFlow say gamma and beta.
+        let name =
+            |name, alias| if !vb.contains_tensor(name) && vb.contains_tensor(alias) { alias } else { name };
+        let weight = match has_weight {
+            true => params::weight(&vb, &shape, name("weight", "gamma"))?,
+            false => Tensor::ones(&shape, vb.dtype(), vb.device())?,
+        };
+        let bias = match has_bias {
+            true => Some(params::bias(&vb, &shape, name("bias", "beta"))?),
+            false => None,
+        };
+        Ok(Self { weight, has_weight, bias, remove_mean, eps })
+    }
+
+    /// A layer of these tensors. `normalized_shape` is the weight's shape.
+    ///
+    /// Cannot fail; a bias of another shape makes the forward fail.
+    pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
+        Self { weight, has_weight: true, bias: Some(bias), remove_mean: true, eps: Some(eps) }
+    }
+
+    /// As [`LayerNorm::new`], without a bias.
+    pub fn new_no_bias(weight: Tensor, eps: f64) -> Self {
+        Self { weight, has_weight: true, bias: None, remove_mean: true, eps: Some(eps) }
+    }
+
+    /// RMS norm: no bias, and the mean stays.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{LayerNorm, Module};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let norm = LayerNorm::rms_norm(Tensor::new(&[1f32, 1.], &Device::Cpu)?, 0.0);
+    /// let y = norm.forward(&Tensor::new(&[[1f32, 7.]], &Device::Cpu)?)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[0.2, 1.4]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
+        Self { weight, has_weight: true, bias: None, remove_mean: false, eps: Some(eps) }
+    }
+
+    /// The dimensions normalized over.
+    pub fn normalized_shape(&self) -> &[usize] {
+        self.weight.dims()
+    }
+
+    /// Whether there is a weight.
+    pub fn elementwise_affine(&self) -> bool {
+        self.has_weight
+    }
+
+    /// Weight of `normalized_shape`; ones where the layer has none.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
+    /// Bias of `normalized_shape`.
+    pub fn bias(&self) -> Option<&Tensor> {
+        self.bias.as_ref()
+    }
+
+    /// What is added to the variance.
+    pub fn eps(&self) -> f64 {
+        self.eps.unwrap_or(f32::EPSILON.into())
+    }
+
+    /// Whether the mean is subtracted.
+    pub fn remove_mean(&self) -> bool {
+        self.remove_mean
+    }
+
+    /// Sets the weight to 1 and the bias to 0.
+    ///
+    /// # Errors
+    /// A weight or bias that is not a variable; then none is set.
+    pub fn reset_parameters(&self) -> Result<()> {
+        let weight = self.has_weight.then_some(&self.weight);
+        params::reset(self.op(), &[("weight", weight, 1.0), ("bias", self.bias(), 0.0)])
+    }
+
+    fn op(&self) -> &'static str {
+        if self.remove_mean {
+            "layer-norm"
+        } else {
+            "rms-norm"
+        }
+    }
+
+    pub(super) fn fmt_as(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (shape, eps, affine) = (Tuple(self.normalized_shape()), Maybe(self.eps), truth(self.has_weight));
+        write!(f, "{name}({shape}, eps={eps}, elementwise_affine={affine})")
+    }
+}
+
+impl Module for LayerNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let weight = self.has_weight.then_some(&self.weight);
+        let eps = match (self.eps, x.dtype()) {
+            (Some(eps), _) => eps,
+            (None, DType::F64) => f64::EPSILON,
+            (None, _) => f32::EPSILON.into(),
+        };
+        let shape = self.normalized_shape();
+        functional::apply_layer(self.op(), x, shape, weight, self.bias(), eps, self.remove_mean)
+    }
+}
+
+/// PyTorch's notation.
+impl fmt::Display for LayerNorm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.fmt_as(if self.remove_mean { "LayerNorm" } else { "RMSNorm" }, f)
+    }
+}
+
+/// candle-nn's constructor over the last dimension, of length `size`: `weight` (or `gamma`) and,
+/// with [`LayerNormConfig::affine`], `bias` (or `beta`) from `vb`.
+///
+/// # Errors
+/// A tensor that `vb` lacks or has in another shape.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// use candle_norm::{layer_norm, LayerNormConfig};
+/// # fn main() -> candle_core::Result<()> {
+/// let vars = candle_nn::VarMap::new();
+/// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = layer_norm(16, 1e-5, vb.pp("a"))?;
+/// let norm = layer_norm(16, LayerNormConfig { affine: false, ..Default::default() }, vb.pp("b"))?;
+/// assert!(norm.bias().is_none());
+/// # Ok(()) }
+/// ```
+pub fn layer_norm<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuilder) -> Result<LayerNorm> {
+    let LayerNormConfig { eps, remove_mean, affine } = config.into();
+    LayerNorm::get(size.into(), true, affine, remove_mean, Some(eps), vb)
+}
+
+/// As [`layer_norm`], without a bias.
+///
+/// # Errors
+/// As [`layer_norm`].
+pub fn layer_norm_no_bias(size: usize, eps: f64, vb: VarBuilder) -> Result<LayerNorm> {
+    layer_norm(size, LayerNormConfig { eps, remove_mean: true, affine: false }, vb)
+}

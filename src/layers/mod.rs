@@ -1,0 +1,17 @@
+//! The modules a model holds: parameters and running statistics, and one call of a function each.
+//!
+//! Apart from `functional`, which owns nothing. A layer gets its tensors from a `VarBuilder`, under
+//! the names PyTorch gives them, and hands them on unchanged.
+
+pub mod batch_norm;
+mod fold;
+pub mod group_norm;
+pub mod instance_norm;
+pub mod layer_norm;
+mod options;
+mod params;
+mod repr;
+pub mod rms_norm;
+mod running;
+
+pub use fold::FoldBatchNorm;

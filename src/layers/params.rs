@@ -1,0 +1,47 @@
+//! Getting, checking and resetting the parameters of a layer.
+//!
+//! Apart, since every layer does it and none in a way of its own.
+
+use candle_core::{bail, Result, Shape, Tensor, Var};
+use candle_nn::{Init, VarBuilder};
+
+/// The weight: ones where the builder creates it.
+pub(super) fn weight(vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
+    vb.get_with_hints(shape, name, Init::Const(1.))
+}
+
+/// The bias: zeros where the builder creates it.
+pub(super) fn bias(vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
+    vb.get_with_hints(shape, name, Init::Const(0.))
+}
+
+/// Whether the builder's source holds `name`, rather than answering yes to any name.
+///
+/// `VarBuilder::zeros` has every tensor one asks for, so its yes means nothing.
+pub(super) fn holds(vb: &VarBuilder, name: &str) -> bool {
+    vb.contains_tensor(name) && !vb.contains_tensor("a name that no checkpoint has")
+}
+
+pub(super) fn check_eps(op: &str, eps: f64) -> Result<()> {
+    // Written so that NaN fails too.
+    if !(eps >= 0.0) {
+        bail!("{op}: eps must not be negative, got {eps}")
+    }
+    Ok(())
+}
+
+/// Sets parameters to the values they are created with; none if one of them cannot be set.
+pub(super) fn reset(op: &str, params: &[(&str, Option<&Tensor>, f64)]) -> Result<()> {
+    let given = || params.iter().filter_map(|&(what, param, value)| Some((what, param?, value)));
+    if let Some((what, ..)) = given().find(|(_, param, _)| !param.is_variable()) {
+        bail!("{op}: {what} is a tensor, expected a variable (a layer built from a VarMap has them)")
+    }
+    for (_, param, value) in given() {
+        fill(&Var::from_tensor(param)?, value)?;
+    }
+    Ok(())
+}
+
+pub(super) fn fill(var: &Var, value: f64) -> Result<()> {
+    var.set(&var.zeros_like()?.affine(1.0, value)?)
+}

@@ -1,0 +1,159 @@
+//! Root-mean-square normalization.
+//!
+//! ```text
+//! y = x / sqrt(mean(x^2) + eps) * weight
+//! ```
+//!
+//! over the last dimensions of each sample, `normalized_shape`; the same in training and evaluation.
+//! Zhang and Sennrich, [Root Mean Square Layer Normalization](https://arxiv.org/abs/1910.07467);
+//! arguments and meaning are those of
+//! [`torch.nn.RMSNorm`](https://docs.pytorch.org/docs/stable/generated/torch.nn.RMSNorm.html).
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_norm::{Module, RmsNorm};
+//! # fn main() -> candle_core::Result<()> {
+//! let norm = RmsNorm::new(Tensor::new(&[1f32, 10.], &Device::Cpu)?, 0.0);
+//! let y = norm.forward(&Tensor::new(&[[1f32, 7.]], &Device::Cpu)?)?;
+//! assert_eq!(y.to_vec2::<f32>()?, [[0.2, 14.]]);
+//! # Ok(()) }
+//! ```
+
+use super::layer_norm::LayerNorm;
+use super::options::options;
+use super::params::check_eps;
+use candle_core::{Result, Shape, Tensor};
+use candle_nn::{Module, VarBuilder};
+use std::fmt;
+
+options! {
+    /// PyTorch's arguments of RMS normalization.
+    ///
+    /// ```
+    /// use candle_norm::rms_norm::RmsNormOptions;
+    /// assert_eq!(RmsNormOptions::default().eps, None);
+    /// assert_eq!(RmsNormOptions::from(1e-6).eps, Some(1e-6));
+    /// ```
+    pub struct RmsNormOptions {
+        /// Added to the mean square. Default `None`: the machine epsilon of the dtype that the input
+        /// is accumulated in, which is f64 for f64 and f32 for all else.
+        eps: Option<f64> = None,
+        /// Whether there is a weight; default true.
+        elementwise_affine: bool = true,
+    }
+}
+
+/// RMS normalization over the last dimensions: see the [module](self).
+///
+/// The input is of any floating dtype, whatever the dtype of the weight, and of any memory order; the
+/// output has the input's shape, dtype and memory order.
+///
+/// # Errors
+/// The forward fails on an input whose last dimensions are not `normalized_shape`.
+#[derive(Debug, Clone)]
+pub struct RmsNorm(LayerNorm);
+
+impl RmsNorm {
+    /// A layer with PyTorch's arguments over the last dimensions `normalized_shape`; the `weight` (or
+    /// `gamma`) comes from `vb`.
+    ///
+    /// # Errors
+    /// An empty `normalized_shape`, a tensor that `vb` lacks or has in another shape, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device};
+    /// use candle_norm::{rms_norm::RmsNormOptions, RmsNorm};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let vars = candle_nn::VarMap::new();
+    /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = RmsNorm::with_options((3, 4), RmsNormOptions::default().elementwise_affine(false), vb)?;
+    /// assert_eq!(norm.to_string(), "RMSNorm((3, 4), eps=None, elementwise_affine=False)");
+    /// # Ok(()) }
+    /// ```
+    pub fn with_options(
+        normalized_shape: impl Into<Shape>,
+        options: impl Into<RmsNormOptions>,
+        vb: VarBuilder,
+    ) -> Result<Self> {
+        let RmsNormOptions { eps, elementwise_affine } = options.into();
+        check_eps("rms-norm", eps.unwrap_or(0.0))?;
+        LayerNorm::get(normalized_shape.into(), elementwise_affine, false, false, eps, vb).map(Self)
+    }
+
+    /// A layer of this tensor. `normalized_shape` is its shape.
+    pub fn new(weight: Tensor, eps: f64) -> Self {
+        Self(LayerNorm::rms_norm(weight, eps))
+    }
+
+    /// The same layer as a [`LayerNorm`] that does not subtract the mean.
+    pub fn into_inner(self) -> LayerNorm {
+        self.0
+    }
+
+    /// The dimensions normalized over.
+    pub fn normalized_shape(&self) -> &[usize] {
+        self.0.normalized_shape()
+    }
+
+    /// Whether there is a weight.
+    pub fn elementwise_affine(&self) -> bool {
+        self.0.elementwise_affine()
+    }
+
+    /// Weight of `normalized_shape`; ones where the layer has none.
+    pub fn weight(&self) -> &Tensor {
+        self.0.weight()
+    }
+
+    /// What is added to the mean square of an input that is not f64.
+    pub fn eps(&self) -> f64 {
+        self.0.eps()
+    }
+
+    /// The forward, under the name that candle-nn's differentiable one has; here all are.
+    ///
+    /// # Errors
+    /// As the layer's.
+    pub fn forward_diff(&self, xs: &Tensor) -> Result<Tensor> {
+        self.forward(xs)
+    }
+
+    /// Sets the weight to 1.
+    ///
+    /// # Errors
+    /// A weight that is not a variable.
+    pub fn reset_parameters(&self) -> Result<()> {
+        self.0.reset_parameters()
+    }
+}
+
+impl Module for RmsNorm {
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        self.0.forward(x)
+    }
+}
+
+/// PyTorch's notation.
+impl fmt::Display for RmsNorm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt_as("RMSNorm", f)
+    }
+}
+
+/// candle-nn's constructor over the last dimension, of length `size`: `weight` (or `gamma`) from `vb`.
+///
+/// # Errors
+/// A tensor that `vb` lacks or has in another shape.
+///
+/// ```
+/// use candle_core::{DType, Device};
+/// # fn main() -> candle_core::Result<()> {
+/// let vars = candle_nn::VarMap::new();
+/// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+/// let norm = candle_norm::rms_norm(16, 1e-6, vb)?;
+/// assert_eq!(norm.weight().dims(), [16]);
+/// # Ok(()) }
+/// ```
+pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
+    LayerNorm::get(size.into(), true, false, false, Some(eps), vb).map(RmsNorm)
+}
