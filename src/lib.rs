@@ -6,6 +6,7 @@ mod call;
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 mod cuda;
+pub mod distributed;
 pub mod functional;
 mod geometry;
 mod layers;
