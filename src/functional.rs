@@ -9,7 +9,7 @@
 //! a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
 //! has the same memory order; any other strided input is copied first, and the output is contiguous.
 
-use crate::autograd::{normalize, Source};
+use crate::autograd::{normalize, Shared, Source, Synchronized};
 use crate::call::{Norm, Running};
 use crate::geometry::{self, Channels, Placed};
 use candle_core::{bail, Result, Tensor, Var};
@@ -64,6 +64,35 @@ pub fn batch_norm(
         (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
     };
     apply_channels(op, input, Channels::Batch, weight, bias, eps, source)
+}
+
+/// `batch_norm` in training, with the statistics of the inputs of all ranks.
+///
+/// An argument that is wrong on this rank fails the call on all of them.
+#[allow(clippy::too_many_arguments)] // batch_norm's
+pub(crate) fn sync_batch_norm(
+    input: &Tensor,
+    running_mean: Option<&Var>,
+    running_var: Option<&Var>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    momentum: f64,
+    eps: f64,
+    sync: &Synchronized,
+) -> Result<Tensor> {
+    if sync.group.world_size() == 1 {
+        return batch_norm(input, running_mean, running_var, weight, bias, true, momentum, eps);
+    }
+    let op = "sync-batch-norm";
+    let check = || {
+        let channels = check_channels(op, input, 2)?;
+        check_affine(op, input, weight, bias, eps)?;
+        let running = check_running(op, input, channels, running_mean, running_var, momentum)?;
+        let running = apart(op, running, &[Some(input), weight, bias])?;
+        Ok(Shared { sync: sync.clone(), channels, running })
+    };
+    let shared = sync.or_tell(check())?;
+    apply_channels(op, input, Channels::Batch, weight, bias, eps, Source::Shared(shared))
 }
 
 /// Instance normalization of `[N, C, ..]` over the spatial dimensions of each sample and channel.
@@ -238,12 +267,22 @@ fn apply_channels(
     eps: f64,
     source: Source,
 ) -> Result<Tensor> {
+    check_affine(op, input, weight, bias, eps)?;
+    let place = |x: &Tensor| geometry::channels(x.dims(), x.stride(), sets);
+    apply(op, input, place, weight, bias, eps, source)
+}
+
+fn check_affine(
+    op: &str,
+    input: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<()> {
     check_input(op, input, eps)?;
     let shape = [input.dim(1)?];
     check_param(op, "weight", input, weight, &shape)?;
-    check_param(op, "bias", input, bias, &shape)?;
-    let place = |x: &Tensor| geometry::channels(x.dims(), x.stride(), sets);
-    apply(op, input, place, weight, bias, eps, source)
+    check_param(op, "bias", input, bias, &shape)
 }
 
 /// The one way in: from checked arguments to the op, in the memory order of the input.

@@ -101,6 +101,35 @@ pub(crate) fn backward(t: BackwardTensors) -> Result<Gradients<Tensor>> {
         cuda: Ok(wrap(crate::cuda::backward(call)?.map(Storage::Cuda))))
 }
 
+/// The input's own statistics, `[3, sets]`.
+pub(crate) fn statistics(norm: &Norm, x: &Tensor) -> Result<Tensor> {
+    let guarded = x.storage_and_layout();
+    let stats = match guarded.0.deref() {
+        Storage::Cpu(_) => Storage::Cpu(host::statistics(*norm, cpu(&guarded)?)?),
+        #[cfg(feature = "cuda")]
+        Storage::Cuda(_) => Storage::Cuda(crate::cuda::statistics(*norm, cuda(&guarded)?)?),
+        _ => bail!("{}: no kernels for device {:?}", norm.name, x.device().location()),
+    };
+    Ok(tensor(stats, &[3, norm.geometry.sets()]))
+}
+
+/// Sums over each set of `dy` and of `dy * xhat`, `[2, sets]`.
+pub(crate) fn gradient_sums(t: &BackwardTensors) -> Result<Tensor> {
+    let dims = [2, t.norm.geometry.sets()];
+    on_device!(t, |call|
+        cpu: Ok(tensor(Storage::Cpu(host::gradient_sums(call)?), &dims)),
+        cuda: Ok(tensor(Storage::Cuda(crate::cuda::gradient_sums(call)?), &dims)))
+}
+
+/// `dx` from the sums of `gradient_sums` over `count` elements a set.
+pub(crate) fn input_gradient(t: &BackwardTensors, sums: &Tensor, count: f64) -> Result<Tensor> {
+    let dims = t.x.dims();
+    let sums = sums.storage_and_layout();
+    on_device!(t, |call|
+        cpu: Ok(tensor(Storage::Cpu(host::input_gradient(call, cpu(&sums)?, count)?), dims)),
+        cuda: Ok(tensor(Storage::Cuda(crate::cuda::input_gradient(call, cuda(&sums)?, count)?), dims)))
+}
+
 impl<S> Gradients<S> {
     fn map<T>(self, f: impl Fn(S) -> T) -> Gradients<T> {
         Gradients { dx: self.dx.map(&f), dweight: self.dweight.map(&f), dbias: self.dbias.map(&f) }

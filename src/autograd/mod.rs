@@ -6,6 +6,8 @@
 mod composed;
 mod device;
 mod op;
+mod sync;
 
 pub(crate) use device::DTYPES;
 pub(crate) use op::{normalize, Source};
+pub(crate) use sync::{Shared, Synchronized};

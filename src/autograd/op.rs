@@ -5,6 +5,7 @@
 
 use super::composed;
 use super::device::{self, BackwardTensors};
+use super::sync::{self, Merged, Shared};
 use crate::call::{accumulation_dtype, Arg, Forward, Given, Norm, Running, Want};
 use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use candle_core::{CustomOp1, CustomOp2, CustomOp3};
@@ -16,6 +17,10 @@ pub(crate) enum Source {
     Input(Option<Running>),
     /// From running statistics, as they are at the time of the forward (evaluation).
     Running(Running),
+    /// From the inputs of all ranks.
+    Shared(Shared),
+    /// From the inputs of all ranks, merged already.
+    Merged(Merged),
 }
 
 /// Normalizes `x`, contiguous in the geometry's order, and attaches the gradients.
@@ -28,9 +33,13 @@ pub(crate) fn normalize(
     bias: Option<&Tensor>,
     source: Source,
 ) -> Result<Tensor> {
-    if !device::has_kernels(x.device()) {
-        return composed_forward(norm, x, weight, bias, source);
-    }
+    let source = match source {
+        Source::Shared(shared) => return sync::normalize_shared(norm, x, weight, bias, shared),
+        source if !device::has_kernels(x.device()) => {
+            return composed_forward(norm, x, weight, bias, source);
+        }
+        source => source,
+    };
     let tracked = [Some(x), weight, bias].into_iter().flatten().any(Tensor::track_op);
     let op = NormOp {
         norm,
@@ -64,6 +73,9 @@ fn composed_forward(
                 move_running(&norm, &composed::statistics(&x.detach(), &norm)?, &running)?;
             }
             Ok(y)
+        }
+        Source::Shared(_) | Source::Merged(_) => {
+            bail!("{}: no kernels for device {:?}", norm.name, x.device().location())
         }
     }
 }
@@ -113,7 +125,7 @@ impl NormOp {
     fn moves(&self) -> Option<&Running> {
         match &self.source {
             Source::Input(running) => running.as_ref(),
-            Source::Running(_) => None,
+            _ => None,
         }
     }
 
@@ -121,7 +133,15 @@ impl NormOp {
     fn reads(&self) -> Option<&Running> {
         match &self.source {
             Source::Running(running) => Some(running),
-            Source::Input(_) => None,
+            _ => None,
+        }
+    }
+
+    /// Statistics of all ranks that this forward normalizes with.
+    fn merged(&self) -> Option<&Merged> {
+        match &self.source {
+            Source::Merged(merged) => Some(merged),
+            _ => None,
         }
     }
 
@@ -133,11 +153,13 @@ impl NormOp {
         let (weight, bias) = self.affine(affine);
         let arg = |(storage, layout)| Arg::new(storage, layout);
         let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
-        let given = match &guards {
-            Some((mean, var)) => {
+        let merged = self.merged().map(|merged| merged.stats.storage_and_layout());
+        let given = match (&guards, &merged) {
+            (Some((mean, var)), _) => {
                 Some(Given { mean: device::cpu(mean)?, mean_low: None, var: device::cpu(var)? })
             }
-            None => None,
+            (None, Some(stats)) => Some(rows(device::cpu(stats)?, stats.1)?),
+            (None, None) => None,
         };
         let (y, stats) = device::cpu_forward(Forward {
             norm: self.norm,
@@ -145,7 +167,7 @@ impl NormOp {
             weight: weight.map(arg),
             bias: bias.map(arg),
             given,
-            keep: self.keep,
+            keep: self.keep && merged.is_none(),
             running: self.moves(),
         })?;
         self.save(stats.map(Storage::Cpu));
@@ -161,11 +183,13 @@ impl NormOp {
         let (weight, bias) = self.affine(affine);
         let arg = |(storage, layout)| Arg::new(storage, layout);
         let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
-        let given = match &guards {
-            Some((mean, var)) => {
+        let merged = self.merged().map(|merged| merged.stats.storage_and_layout());
+        let given = match (&guards, &merged) {
+            (Some((mean, var)), _) => {
                 Some(Given { mean: device::cuda(mean)?, mean_low: None, var: device::cuda(var)? })
             }
-            None => None,
+            (None, Some(stats)) => Some(rows(device::cuda(stats)?, stats.1)?),
+            (None, None) => None,
         };
         let (y, stats) = crate::cuda::forward(Forward {
             norm: self.norm,
@@ -173,7 +197,7 @@ impl NormOp {
             weight: weight.map(arg),
             bias: bias.map(arg),
             given,
-            keep: self.keep,
+            keep: self.keep && merged.is_none(),
             running: self.moves(),
         })?;
         self.save(stats.map(Storage::Cuda));
@@ -206,12 +230,18 @@ impl NormOp {
         fn wanted<'a>(t: Option<&'a Tensor>) -> Option<&'a Tensor> {
             t.filter(|t| t.track_op())
         }
-        if x.elem_count() == 0 {
+        let again = dy.track_op() || second_order();
+        if x.elem_count() == 0 && self.merged().is_none() {
             // An empty block has no width to count parameters by, and nothing to sum.
             let zeros = |arg: &&Tensor| wanted(Some(*arg)).map(Tensor::zeros_like).transpose();
             return std::iter::once(&x).chain(affine).map(zeros).collect();
         }
-        let (dx, dweight, dbias) = if dy.track_op() || second_order() {
+        let (dx, dweight, dbias) = if let Some(merged) = self.merged() {
+            if again {
+                merged.refuse_second_order(&self.norm)?;
+            }
+            merged.backward(self.norm, x, weight, dy)?.into()
+        } else if again {
             let [dx, dw, db] = composed::backward(x, dy, &self.norm, weight, self.fixed()?)?;
             (Some(dx), Some(dw), Some(db))
         } else {
@@ -250,6 +280,13 @@ impl NormOp {
             want,
         })
     }
+}
+
+/// The rows of a statistics tensor `[3, sets]`.
+fn rows<'a, S>(stats: Arg<'a, S>, layout: &Layout) -> Result<Given<'a, S>> {
+    let (_, sets) = layout.shape().dims2()?;
+    let row = |i| Arg { offset: stats.offset + i * sets, ..stats };
+    Ok(Given { mean: row(0), mean_low: Some(row(1)), var: row(2) })
 }
 
 /// candle keeps the graph of the backward when this is set, and then asks for gradients of gradients.

@@ -6,5 +6,4 @@ mod plain;
 
 pub(crate) use plain::{backward, forward};
 // The steps of batch norm, for SyncBatchNorm to put a collective between.
-#[allow(unused_imports)] // until SyncBatchNorm lands
 pub(crate) use plain::{gradient_sums, input_gradient, statistics};

@@ -20,9 +20,13 @@
 
 mod gradients;
 mod local;
+#[cfg(feature = "mpi")]
+mod mpi;
 
 pub use gradients::{all_reduce_gradients, broadcast_vars, Parameters};
 pub use local::LocalGroup;
+#[cfg(feature = "mpi")]
+pub use mpi::MpiGroup;
 
 use candle_core::{bail, Error, Result, Tensor};
 use std::sync::Arc;
