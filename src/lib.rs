@@ -20,7 +20,10 @@ pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions};
 pub use layers::layer_norm::{layer_norm, layer_norm_no_bias};
 pub use layers::layer_norm::{LayerNorm, LayerNormConfig, LayerNormOptions};
 pub use layers::rms_norm::{rms_norm, RmsNorm, RmsNormOptions};
-pub use layers::{batch_norm, group_norm, instance_norm, layer_norm, rms_norm, FoldBatchNorm};
+pub use layers::sync_batch_norm::{convert_sync_batchnorm, revert_sync_batchnorm, BatchNorms, SyncBatchNorm};
+pub use layers::{
+    batch_norm, group_norm, instance_norm, layer_norm, rms_norm, sync_batch_norm, FoldBatchNorm,
+};
 
 /// candle-nn's traits, which the layers implement.
 #[doc(no_inline)]

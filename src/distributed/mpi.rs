@@ -104,14 +104,17 @@ impl MpiGroup {
         let digests: Vec<&[u8]> = frames.iter().map(|frame| &frame[Frame::DIGEST]).collect();
         if digests.windows(2).any(|pair| pair[0] != pair[1]) {
             let calls: Vec<&str> = calls.iter().map(String::as_str).collect();
-            let other = || "process-group: the ranks made different calls (equal in their first words)".into();
+            let other =
+                || "process-group: the ranks made different calls (equal in their first words)".into();
             return Err(error(disagreement(&calls).unwrap_or_else(other)));
         }
         let (dtype, n) = (host.dtype(), host.elem_count());
         let result = if payload.len() <= Frame::ROOM {
             let mut inline = frames.iter().map(|frame| &frame[Frame::PAYLOAD][..payload.len()]);
             match kind {
-                Kind::Gather => from_bytes(&inline.collect::<Vec<_>>().concat(), dtype, &[self.world_size, n]),
+                Kind::Gather => {
+                    from_bytes(&inline.collect::<Vec<_>>().concat(), dtype, &[self.world_size, n])
+                }
                 Kind::Sum => add_in_rank_order(inline, dtype, n),
                 Kind::Broadcast(root) => from_bytes(inline.nth(root).unwrap_or(&[]), dtype, &[n]),
             }
@@ -183,15 +186,16 @@ impl MpiGroup {
         let mut total = Vec::with_capacity(payload.len());
         for part in payload.chunks(CHUNK) {
             let buffers = (part.to_vec(), vec![0u8; part.len()]);
-            let (_, reduced) = self.complete(link, "MPI_Ireduce", buffers, |link, (mine, all), request| {
-                // SAFETY: both buffers are owned by `complete` until the request is done and hold
-                // n elements: CHUNK is a multiple of every element size, and fits a c_int.
-                unsafe {
-                    let n = (mine.len() / dtype.size_in_bytes()) as c_int;
-                    let (send, receive) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
-                    ffi::MPI_Ireduce(send, receive, n, element, sum, 0, link.comm, request)
-                }
-            })?;
+            let (_, reduced) =
+                self.complete(link, "MPI_Ireduce", buffers, |link, (mine, all), request| {
+                    // SAFETY: both buffers are owned by `complete` until the request is done and hold
+                    // n elements: CHUNK is a multiple of every element size, and fits a c_int.
+                    unsafe {
+                        let n = (mine.len() / dtype.size_in_bytes()) as c_int;
+                        let (send, receive) = (mine.as_ptr().cast(), all.as_mut_ptr().cast());
+                        ffi::MPI_Ireduce(send, receive, n, element, sum, 0, link.comm, request)
+                    }
+                })?;
             total.extend(self.send(link, reduced, 0)?);
         }
         from_bytes(&total, dtype, &[n])

@@ -13,5 +13,6 @@ mod params;
 mod repr;
 pub mod rms_norm;
 mod running;
+pub mod sync_batch_norm;
 
 pub use fold::FoldBatchNorm;

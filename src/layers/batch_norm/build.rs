@@ -58,7 +58,7 @@ impl BatchNorm {
         } else {
             None
         };
-        Ok(Self { num_features, dims, affine, statistics, remove_mean: true, options })
+        Ok(Self { num_features, dims, affine, statistics, remove_mean: true, options, sync: None })
     }
 
     /// A layer of these tensors, with momentum 0.1. Running statistics that are variables are shared.
@@ -148,7 +148,7 @@ impl BatchNorm {
         check_shape("running_var", &running_var, num_features)?;
         let options = BatchNormOptions::default().eps(eps).momentum(momentum).affine(affine.is_some());
         let statistics = RunningStatistics::share(&running_mean, &running_var)?;
-        Ok(Self { num_features, dims: None, affine, statistics, remove_mean: true, options })
+        Ok(Self { num_features, dims: None, affine, statistics, remove_mean: true, options, sync: None })
     }
 }
 
@@ -205,7 +205,7 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
         None
     };
     let options = BatchNormOptions::default().eps(eps).momentum(momentum).affine(affine.is_some());
-    Ok(BatchNorm { num_features, dims: None, affine, statistics, remove_mean, options })
+    Ok(BatchNorm { num_features, dims: None, affine, statistics, remove_mean, options, sync: None })
 }
 
 /// PyTorch's `BatchNorm1d`: [`BatchNorm::with_options`] for inputs `[N, C]` and `[N, C, L]`.

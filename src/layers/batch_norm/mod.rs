@@ -32,6 +32,7 @@
 use super::params;
 use super::repr::{truth, Float, Maybe};
 use super::running::RunningStatistics;
+use crate::autograd::Synchronized;
 use crate::call::accumulation_dtype;
 use crate::functional;
 use candle_core::{bail, Result, Tensor, Var};
@@ -63,6 +64,8 @@ pub struct BatchNorm {
     statistics: RunningStatistics,
     remove_mean: bool,
     options: BatchNormOptions,
+    /// The ranks whose batches count as one in training.
+    pub(in crate::layers) sync: Option<Synchronized>,
 }
 
 #[derive(Debug, Clone)]
@@ -217,15 +220,20 @@ impl BatchNorm {
         }
     }
 
-    fn forward_batch(&self, x: &Tensor) -> Result<Tensor> {
+    fn forward_batch(&self, x: &Tensor, train: bool) -> Result<Tensor> {
         let (weight, bias, eps) = (self.weight(), self.bias(), self.options.eps);
+        // Without running statistics evaluation uses the batch's too, and communicates nothing.
+        let sync = self.sync.as_ref().filter(|_| train);
+        let normalize = |mean, var, factor| match sync {
+            Some(sync) => functional::sync_batch_norm(x, mean, var, weight, bias, factor, eps, sync),
+            None => functional::batch_norm(x, mean, var, weight, bias, true, factor, eps),
+        };
         let Some(running) = self.tracked() else {
-            return functional::batch_norm(x, None, None, weight, bias, true, 0.0, eps);
+            return normalize(None, None, 0.0);
         };
         let factor = running.factor(self.options.momentum)?;
         let y = if self.remove_mean {
-            let (mean, var) = (Some(&running.mean), Some(&running.var));
-            functional::batch_norm(x, mean, var, weight, bias, true, factor, eps)?
+            normalize(Some(&running.mean), Some(&running.var), factor)?
         } else {
             self.forward_uncentered(x, running, factor)?
         };
@@ -263,10 +271,15 @@ impl BatchNorm {
 
 impl ModuleT for BatchNorm {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        self.check_input(x)?;
+        let checked = self.check_input(x);
         if self.uses_batch(train) {
-            return self.forward_batch(x);
+            match self.sync.as_ref().filter(|_| train) {
+                Some(sync) => sync.or_tell(checked)?,
+                None => checked?,
+            }
+            return self.forward_batch(x, train);
         }
+        checked?;
         let (mean, var) = (Some(&self.statistics.mean), Some(&self.statistics.var));
         functional::batch_norm(x, mean, var, self.weight(), self.bias(), false, 0.0, self.options.eps)
     }
@@ -276,6 +289,7 @@ impl ModuleT for BatchNorm {
 impl fmt::Display for BatchNorm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.dims {
+            _ if self.sync.is_some() => "SyncBatchNorm".to_string(),
             Some(dims) => format!("BatchNorm{dims}d"),
             None => "BatchNorm".to_string(),
         };
