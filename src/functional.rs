@@ -299,6 +299,8 @@ fn apply(
     let bias = bias.map(Tensor::contiguous).transpose()?;
     let (weight, bias) = (weight.as_ref(), bias.as_ref());
     let (input, placed) = match place(input) {
+        // Nothing lies in no order: the kernels still want candle's strides for contiguous.
+        _ if input.elem_count() == 0 => dense(name, input, place)?,
         Some(placed) => (input.clone(), placed),
         None => dense(name, input, place)?,
     };

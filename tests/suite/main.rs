@@ -7,6 +7,7 @@ mod case;
 mod common;
 mod compare;
 mod determinism;
+mod distributed;
 mod drop_in;
 mod drop_in_fold;
 mod empty;
