@@ -57,6 +57,19 @@ fn only_what_is_tracked_gets_a_gradient() -> Result<()> {
     Ok(())
 }
 
+/// Nobody tracking anything takes another path through the kernels, to the same numbers.
+#[test]
+fn inference_and_training_have_the_same_bits() -> Result<()> {
+    for case in each() {
+        for dtype in [DType::F32, DType::BF16] {
+            let case = Case { dtype, ..case.clone() };
+            let [inference, training] = [false, true].map(|tracked| gradients(&case, [tracked; 3]));
+            assert_eq!(bits(&inference?.1), bits(&training?.1), "{case:?}");
+        }
+    }
+    Ok(())
+}
+
 #[test]
 fn backward_runs_twice_on_one_graph() -> Result<()> {
     for case in each() {

@@ -51,7 +51,7 @@ pub fn numbers(what: &str, got: &[f64], dtype: DType, expected: &[Approx], times
     if got.len() != expected.len() {
         return Err(format!("{what}: {} values, expected {}", got.len(), expected.len()));
     }
-    let bad = |&i: &usize| !expected[i].allows_times(got[i], dtype, times);
+    let bad = |&i: &usize| !expected[i].allows(got[i], dtype, times);
     let wrong: Vec<usize> = (0..got.len()).filter(bad).collect();
     let Some(&i) = wrong.first() else { return Ok(()) };
     let (count, total) = (wrong.len(), got.len());

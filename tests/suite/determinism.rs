@@ -1,12 +1,12 @@
 //! The same bits from run to run, for any number of threads, and whatever lies beside a set.
 
-use crate::case::{Case, Layout, Norm};
+use crate::case::{Arguments, Case, Layout, Norm};
 use crate::common::{bits, data, sized, tensor};
 use candle_core::{DType, Result, Var};
 
 /// Everything a call returns, as bits.
-fn everything(case: &Case) -> Result<Vec<Vec<u64>>> {
-    let got = case.run(&case.random())?;
+fn everything(case: &Case, args: &Arguments) -> Result<Vec<Vec<u64>>> {
+    let got = case.run(args)?;
     let tensors = [Some(got.y), got.dx, got.dweight, got.dbias].into_iter().flatten();
     let mut all: Vec<Vec<u64>> = tensors.map(|t| bits(&t)).collect();
     if let Some((mean, var)) = got.running {
@@ -47,28 +47,40 @@ fn divisible() -> Vec<Case> {
 }
 
 #[test]
-fn same_bits_for_any_number_of_threads() -> Result<()> {
-    let pools: Vec<_> = [1, 2, 5]
+fn same_bits_from_run_to_run_and_for_any_number_of_threads() -> Result<()> {
+    let pools: Vec<_> = [1, 2, 5, 2]
         .into_iter()
         .map(|n| rayon::ThreadPoolBuilder::new().num_threads(n).build().expect("a thread pool"))
         .collect();
     for case in divisible() {
-        let expected = pools[0].install(|| everything(&case))?;
+        let args = case.random();
+        let expected = pools[0].install(|| everything(&case, &args))?;
         for pool in &pools[1..] {
-            let got = pool.install(|| everything(&case))?;
+            let got = pool.install(|| everything(&case, &args))?;
             assert!(got == expected, "{} threads in {case:?}", pool.current_num_threads());
         }
     }
     Ok(())
 }
 
+/// Calls that share arguments and run at once neither wait for each other for ever nor mix.
 #[test]
-fn same_bits_from_run_to_run() -> Result<()> {
-    for case in divisible() {
-        let expected = everything(&case)?;
-        for _ in 0..2 {
-            assert!(everything(&case)? == expected, "{case:?}");
-        }
+fn same_bits_from_many_threads_at_once() -> Result<()> {
+    for case in crate::autograd::each() {
+        let built = case.build(&case.random())?;
+        let call = || -> Result<[Vec<u64>; 2]> {
+            let y = case.forward(&built)?;
+            let dx = built.x.gradient(&y.sqr()?.sum_all()?.backward()?)?.expect("dx");
+            Ok([bits(&y), bits(&dx)])
+        };
+        let expected = call()?;
+        std::thread::scope(|scope| {
+            let threads: Vec<_> = (0..8).map(|_| scope.spawn(call)).collect();
+            for thread in threads {
+                assert_eq!(thread.join().expect("no panic")?, expected, "{case:?}");
+            }
+            Ok::<_, candle_core::Error>(())
+        })?;
     }
     Ok(())
 }
@@ -80,7 +92,7 @@ fn part(case: &Case, start: usize, len: usize) -> Result<[Vec<u64>; 2]> {
     let mut part = case.clone();
     part.dims[0] = len;
     let cut = |v: &[f64]| v[start * below..(start + len) * below].to_vec();
-    let args = crate::case::Arguments { x: cut(&args.x), dy: cut(&args.dy), ..args };
+    let args = Arguments { x: cut(&args.x), dy: cut(&args.dy), ..args };
     let got = part.run(&args)?;
     Ok([bits(&got.y), bits(&got.dx.expect("dx"))])
 }

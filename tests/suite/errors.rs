@@ -151,6 +151,24 @@ fn running_statistics() {
     refused(instance(Some(&mean), Some(&short), true), &["instance-norm", "running_var", "[5]", "[6]"]);
 }
 
+/// Needs a second device: says so and returns where the tests run on the CPU.
+#[test]
+fn devices() -> Result<()> {
+    if device().is_cpu() {
+        println!("not run: arguments on two devices need CANDLE_NORM_TEST_DEVICE=cuda");
+        return Ok(());
+    }
+    let elsewhere = Tensor::ones(6, DType::F32, &candle_core::Device::Cpu)?;
+    let input = x(&[2, 6, 4]);
+    refused(batch(&input, Some(&elsewhere), None), &["batch-norm", "weight", "Cpu", "Cuda"]);
+    refused(batch(&input, None, Some(&elsewhere)), &["batch-norm", "bias", "Cpu", "Cuda"]);
+    let running = Var::from_tensor(&elsewhere)?;
+    let call = f::batch_norm(&input, Some(&running), Some(&running), None, None, true, 0.1, 1e-5);
+    refused(call, &["batch-norm", "running_mean", "Cpu", "Cuda"]);
+    refused(f::rms_norm(&x(&[2, 6]), &[6], Some(&elsewhere), 1e-5), &["rms-norm", "weight", "Cpu", "Cuda"]);
+    Ok(())
+}
+
 #[test]
 fn momentum() {
     let (mean, var) = running(6);

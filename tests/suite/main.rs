@@ -1,6 +1,12 @@
 //! The one integration-test binary, a module per norm and concern.
 //!
-//! One binary, because each links all of candle (and of CUDA).
+//! One binary, because each links all of candle (and of CUDA). The same tests serve every kind of kernel:
+//!
+//! * `cargo test`: the CPU's;
+//! * `cargo test --features cuda-emulation`: the CUDA kernels, compiled for the host;
+//! * `CANDLE_NORM_TEST_DEVICE=cuda cargo test --features cuda`: the same on a GPU.
+//!
+//! `PROPTEST_CASES` sets how many random calls each function gets, `PROPTEST_RNG_SEED` which.
 
 mod autograd;
 mod case;

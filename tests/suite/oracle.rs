@@ -22,13 +22,8 @@ pub struct Approx {
 }
 
 impl Approx {
-    /// `got`, of dtype `dtype`, is this value but for the bound and one rounding.
-    pub fn allows(&self, got: f64, dtype: DType) -> bool {
-        self.allows_times(got, dtype, 1.0)
-    }
-
-    /// The same with `times` the room, for comparisons against another inexact evaluation.
-    pub fn allows_times(&self, got: f64, dtype: DType, times: f64) -> bool {
+    /// `got`, of dtype `dtype`, is this value but for `times` the bound and one rounding.
+    pub fn allows(&self, got: f64, dtype: DType, times: f64) -> bool {
         (got - self.value).abs() <= times * (self.bound + self.rounding(dtype))
             || (got.is_nan() && self.value.is_nan())
             || got == self.value

@@ -11,17 +11,38 @@ use candle_core::{DType, Result, Tensor, Var};
 
 const SWITCH: &str = "CANDLE_GRAD_DO_NOT_DETACH";
 
+/// Runs `checks` with the switch on: in a child process, which the parent starts and waits for.
+fn switched_on(test: &str, checks: impl Fn() -> Result<()>) -> Result<()> {
+    if std::env::var(SWITCH).is_ok() {
+        return checks();
+    }
+    let name = format!("second_order::{test}");
+    let mut child = std::process::Command::new(std::env::current_exe()?);
+    let output = child.args(["--exact", &name]).env(SWITCH, "1").output()?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success() && said.contains("1 passed"), "{said}");
+    Ok(())
+}
+
 #[test]
 fn matches_finite_differences_of_the_first() -> Result<()> {
-    if std::env::var(SWITCH).is_ok() {
-        return cases().iter().try_for_each(check);
-    }
-    let binary = std::env::current_exe()?;
-    let name = "second_order::matches_finite_differences_of_the_first";
-    let child = std::process::Command::new(binary).args(["--exact", name]).env(SWITCH, "1").output()?;
-    let said = String::from_utf8_lossy(&child.stdout);
-    assert!(child.status.success() && said.contains("1 passed"), "{said}");
-    Ok(())
+    switched_on("matches_finite_differences_of_the_first", || cases().iter().try_for_each(check))
+}
+
+/// With the switch on, the first gradients come from candle's own ops, and are the same.
+#[test]
+fn first_gradients_stay_right() -> Result<()> {
+    switched_on("first_gradients_stay_right", || {
+        for case in crate::autograd::each() {
+            for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+                for bias in [true, false] {
+                    let case = Case { dtype, bias: case.bias && bias, weight: bias, ..case.clone() };
+                    crate::compare::against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));
+                }
+            }
+        }
+        Ok(())
+    })
 }
 
 /// Directions in which the first gradient is looked at: their sum's gradient is the second order.
