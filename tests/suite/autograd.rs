@@ -204,3 +204,55 @@ fn running_statistics_get_no_gradient_and_are_no_part_of_the_graph() -> Result<(
     }
     Ok(())
 }
+
+/// One tensor in several places: locks of candle's storages are not re-entrant for a writer.
+#[test]
+fn one_tensor_as_several_arguments() -> Result<()> {
+    let (sent, done) = std::sync::mpsc::channel();
+    let aliased = move || -> Result<()> {
+        let same = Var::from_tensor(&tensor(&[1.0, 2.0, 3.0, 4.0], &[4], DType::F32)?)?;
+        let square = same.reshape((2, 2))?;
+        let y = candle_norm::functional::layer_norm(&same, &[4], Some(&same), Some(&same), 1e-5)?;
+        assert_eq!(y.sum_all()?.backward()?.get(&same).expect("a gradient").dims(), [4]);
+        let two = same.narrow(0, 0, 2)?;
+        let y = candle_norm::functional::batch_norm(
+            &square,
+            None,
+            None,
+            Some(&two),
+            Some(&two),
+            true,
+            0.1,
+            1e-5,
+        )?;
+        assert_eq!(y.sum_all()?.backward()?.get(&same).expect("a gradient").dims(), [4]);
+        Ok(())
+    };
+    std::thread::spawn(move || sent.send(aliased()));
+    match done.recv_timeout(std::time::Duration::from_secs(60)) {
+        Ok(result) => result,
+        Err(_) => panic!("a call waits for itself"),
+    }
+}
+
+/// Running statistics that are also an argument would be read while they are written.
+#[test]
+fn running_statistics_that_are_an_argument() -> Result<()> {
+    let (sent, done) = std::sync::mpsc::channel();
+    let aliased = move || -> Result<[bool; 3]> {
+        let var = || Var::from_tensor(&tensor(&[1.0, 2.0], &[2], DType::F32)?);
+        let (mean, var, x) = (var()?, var()?, tensor(&[1.0, 2.0, 3.0, 5.0], &[2, 2], DType::F32)?);
+        let call = |x: &Tensor, w: Option<&Tensor>, b: Option<&Tensor>| {
+            candle_norm::functional::batch_norm(x, Some(&mean), Some(&var), w, b, true, 0.1, 1e-5)
+        };
+        Ok([
+            call(&x, Some(&mean), None).is_err(),
+            call(&x, None, Some(&var)).is_err(),
+            call(&mean.reshape((1, 2))?.broadcast_as((2, 2))?, None, None).is_err(),
+        ])
+    };
+    std::thread::spawn(move || sent.send(aliased()));
+    let refused = done.recv_timeout(std::time::Duration::from_secs(20)).expect("a call waits for itself")?;
+    assert_eq!(refused, [true; 3]);
+    Ok(())
+}
