@@ -28,3 +28,9 @@ pub use layers::{
 /// candle-nn's traits, which the layers implement.
 #[doc(no_inline)]
 pub use candle_nn::{Module, ModuleT};
+
+/// Not part of the interface: what the benchmarks reach for. It may change in any release.
+#[doc(hidden)]
+pub mod __bench {
+    pub use crate::autograd::alone::{Alone, Kind};
+}

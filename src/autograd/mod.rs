@@ -3,6 +3,7 @@
 //! Apart from `functional`, which checks arguments and speaks shapes, and from the kernels, which
 //! know nothing of graphs.
 
+pub(crate) mod alone;
 mod composed;
 mod device;
 mod op;

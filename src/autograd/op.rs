@@ -40,14 +40,16 @@ pub(crate) fn normalize(
         }
         source => source,
     };
-    let tracked = [Some(x), weight, bias].into_iter().flatten().any(Tensor::track_op);
-    let op = NormOp {
-        norm,
-        has_weight: weight.is_some(),
-        source,
-        keep: tracked,
-        saved: Arc::new(OnceLock::new()),
-    };
+    attach(NormOp::new(norm, x, weight, bias, source), x, weight, bias)
+}
+
+/// Runs the op's forward and makes the op a node of candle's graph.
+pub(super) fn attach(
+    op: NormOp,
+    x: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+) -> Result<Tensor> {
     match (weight, bias) {
         (None, None) => x.apply_op1(op),
         (Some(p), None) | (None, Some(p)) => x.apply_op2(p, op),
@@ -103,16 +105,27 @@ fn move_running(norm: &Norm, stats: &Tensor, running: &Running) -> Result<()> {
     running.var.set(&var)
 }
 
-struct NormOp {
+pub(super) struct NormOp {
     norm: Norm,
     has_weight: bool,
     source: Source,
     /// Somebody tracks an argument: the backward will want the statistics.
     keep: bool,
-    saved: Arc<OnceLock<Tensor>>,
+    pub(super) saved: Arc<OnceLock<Tensor>>,
 }
 
 impl NormOp {
+    pub(super) fn new(
+        norm: Norm,
+        x: &Tensor,
+        weight: Option<&Tensor>,
+        bias: Option<&Tensor>,
+        source: Source,
+    ) -> Self {
+        let keep = [Some(x), weight, bias].into_iter().flatten().any(Tensor::track_op);
+        Self { norm, has_weight: weight.is_some(), source, keep, saved: Arc::new(OnceLock::new()) }
+    }
+
     /// Splits the arguments behind x into weight and bias.
     fn affine<T: Copy>(&self, args: &[T]) -> (Option<T>, Option<T>) {
         match (self.has_weight, args) {
@@ -225,7 +238,12 @@ impl NormOp {
     }
 
     /// Gradients of x and of each affine argument, `None` where nobody tracks it.
-    fn backward(&self, x: &Tensor, affine: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
+    pub(super) fn backward(
+        &self,
+        x: &Tensor,
+        affine: &[&Tensor],
+        dy: &Tensor,
+    ) -> Result<Vec<Option<Tensor>>> {
         let (weight, bias) = self.affine(affine);
         fn wanted<'a>(t: Option<&'a Tensor>) -> Option<&'a Tensor> {
             t.filter(|t| t.track_op())

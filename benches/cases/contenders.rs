@@ -1,0 +1,151 @@
+//! The same norm over the same tensors, in candle-norm and in candle-nn.
+//!
+//! candle-nn has no InstanceNorm: there its users take a GroupNorm with a group per channel. Its
+//! fused LayerNorm and RMSNorm have no gradient: its training rows take the `_slow` compositions.
+
+use super::inputs::Inputs;
+use super::{Norm, Row};
+use candle_core::backprop::GradStore;
+use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, Var};
+use candle_nn::{Module, ModuleT};
+use candle_norm::functional as norm;
+
+pub const EPS: f64 = 1e-5;
+pub const MOMENTUM: f64 = 0.1;
+
+/// A norm with its parameters, waiting for x.
+pub type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
+/// What is measured of a norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// Nothing is tracked: inference, or a part of the model that is not trained.
+    Forward,
+    /// x, weight and bias are trained.
+    ForwardBackward,
+}
+
+impl Mode {
+    fn param(self, var: &Var) -> Tensor {
+        match self {
+            Mode::Forward => var.as_detached_tensor(),
+            Mode::ForwardBackward => var.as_tensor().clone(),
+        }
+    }
+}
+
+/// x as the mode sees it.
+pub fn input(inputs: &Inputs, mode: Mode) -> Tensor {
+    mode.param(&inputs.x)
+}
+
+pub fn candle_norm(row: &Row, inputs: &Inputs, mode: Mode) -> Layer {
+    let weight = mode.param(&inputs.weight);
+    let bias = inputs.bias.as_ref().map(|b| mode.param(b));
+    let (mean, var) = (inputs.running_mean.clone(), inputs.running_var.clone());
+    let shape = vec![row.case.norm.params(row.case.shape)];
+    let kind = row.case.norm;
+    Box::new(move |x| {
+        let (weight, bias) = (Some(&weight), bias.as_ref());
+        let batch =
+            |training| norm::batch_norm(x, Some(&mean), Some(&var), weight, bias, training, MOMENTUM, EPS);
+        match kind {
+            Norm::BatchNorm => batch(true),
+            Norm::BatchNormEval => batch(false),
+            Norm::GroupNorm { groups } => norm::group_norm(x, groups, weight, bias, EPS),
+            Norm::InstanceNorm => norm::instance_norm(x, None, None, weight, bias, true, MOMENTUM, EPS),
+            Norm::LayerNorm => norm::layer_norm(x, &shape, weight, bias, EPS),
+            Norm::RmsNorm => norm::rms_norm(x, &shape, weight, EPS),
+        }
+    })
+}
+
+/// An error where candle-nn has no such layer or cannot run it in the row's dtype.
+pub fn candle_nn(row: &Row, inputs: &Inputs, mode: Mode) -> Result<Layer> {
+    let weight = mode.param(&inputs.weight);
+    let bias = inputs.bias.as_ref().map(|b| mode.param(b));
+    let channels = row.case.norm.params(row.case.shape);
+    let with_bias = |bias: Option<Tensor>| match bias {
+        Some(bias) => Ok(bias),
+        None => bail!("{} has a bias", row.case.norm),
+    };
+    let group_norm =
+        |groups| candle_nn::GroupNorm::new(weight.clone(), with_bias(bias.clone())?, channels, groups, EPS);
+    Ok(match row.case.norm {
+        Norm::BatchNorm | Norm::BatchNormEval => {
+            let mean = inputs.running_mean.as_detached_tensor().copy()?;
+            let var = inputs.running_var.as_detached_tensor().copy()?;
+            let layer = candle_nn::BatchNorm::new(channels, mean, var, weight, with_bias(bias)?, EPS)?;
+            let train = row.case.norm == Norm::BatchNorm;
+            Box::new(move |x| layer.forward_t(x, train))
+        }
+        Norm::GroupNorm { groups } => {
+            let layer = group_norm(groups)?;
+            Box::new(move |x| layer.forward(x))
+        }
+        Norm::InstanceNorm => {
+            let layer = group_norm(channels)?;
+            Box::new(move |x| layer.forward(x))
+        }
+        Norm::LayerNorm => {
+            let bias = with_bias(bias)?;
+            match mode {
+                Mode::Forward => {
+                    let layer = candle_nn::LayerNorm::new(weight, bias, EPS);
+                    Box::new(move |x| layer.forward(x))
+                }
+                Mode::ForwardBackward => {
+                    Box::new(move |x| candle_nn::ops::layer_norm_slow(x, &weight, &bias, EPS as f32))
+                }
+            }
+        }
+        Norm::RmsNorm => match mode {
+            Mode::Forward => {
+                let layer = candle_nn::RmsNorm::new(weight, EPS);
+                Box::new(move |x| layer.forward(x))
+            }
+            Mode::ForwardBackward => Box::new(move |x| candle_nn::ops::rms_norm_slow(x, &weight, EPS as f32)),
+        },
+    })
+}
+
+/// A loss that costs nothing: its gradient with respect to y is `dy` as it stands.
+///
+/// Left of a training step is then what the norm costs: its forward, its backward, and what candle
+/// does around a backward (a zero-filled tensor and an addition for every gradient, dy's too).
+struct GivenGradient(Tensor);
+
+impl CustomOp1 for GivenGradient {
+    fn name(&self) -> &'static str {
+        "given-gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        Ok(Some(self.0.clone()))
+    }
+}
+
+/// `loss.backward()` of a loss whose gradient with respect to `y` is `dy`.
+pub fn backward(y: &Tensor, dy: &Tensor) -> Result<GradStore> {
+    y.apply_op1(GivenGradient(dy.clone()))?.backward()
+}
+
+/// Everything a layer computes, in f32: y, and in training the gradients by name.
+pub fn outputs(layer: &Layer, inputs: &Inputs, mode: Mode) -> Result<Vec<(&'static str, Tensor)>> {
+    let y = layer(&input(inputs, mode))?;
+    let mut all = vec![("y", y.detach().to_dtype(DType::F32)?)];
+    if mode == Mode::ForwardBackward {
+        let gradients = backward(&y, &inputs.dy)?;
+        for (name, var) in inputs.tracked() {
+            match gradients.get(var) {
+                Some(gradient) => all.push((name, gradient.to_dtype(DType::F32)?)),
+                None => bail!("no gradient for {name}"),
+            }
+        }
+    }
+    Ok(all)
+}

@@ -1,0 +1,157 @@
+//! What is measured: shapes that real models have, and the norms over them in both crates.
+//!
+//! Apart, because the Criterion bench and the comparison with PyTorch measure the same rows.
+
+pub mod contenders;
+pub mod copy;
+pub mod inputs;
+
+use candle_core::DType;
+use std::fmt;
+
+/// A norm as a row names it. `BatchNormEval` normalizes with its running statistics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Norm {
+    BatchNorm,
+    BatchNormEval,
+    GroupNorm { groups: usize },
+    InstanceNorm,
+    LayerNorm,
+    RmsNorm,
+}
+
+impl Norm {
+    /// Length of weight and bias for an input of this shape.
+    pub fn params(self, shape: &[usize]) -> usize {
+        match self {
+            Norm::LayerNorm | Norm::RmsNorm => shape[shape.len() - 1],
+            _ => shape[1],
+        }
+    }
+
+    /// Elements that share a mean and a variance; for evaluation, none do.
+    pub fn set_len(self, shape: &[usize]) -> usize {
+        let elements: usize = shape.iter().product();
+        match self {
+            Norm::BatchNorm => elements / shape[1],
+            Norm::BatchNormEval => 1,
+            Norm::GroupNorm { groups } => elements / shape[0] / groups,
+            Norm::InstanceNorm => elements / shape[0] / shape[1],
+            Norm::LayerNorm | Norm::RmsNorm => shape[shape.len() - 1],
+        }
+    }
+
+    pub fn has_bias(self) -> bool {
+        self != Norm::RmsNorm
+    }
+}
+
+impl fmt::Display for Norm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Norm::BatchNorm => "BatchNorm",
+            Norm::BatchNormEval => "BatchNorm eval",
+            Norm::GroupNorm { .. } => "GroupNorm",
+            Norm::InstanceNorm => "InstanceNorm",
+            Norm::LayerNorm => "LayerNorm",
+            Norm::RmsNorm => "RMSNorm",
+        })
+    }
+}
+
+/// A norm over one shape, and the model that has it.
+#[derive(Debug, Clone, Copy)]
+pub struct Case {
+    pub norm: Norm,
+    pub shape: &'static [usize],
+    pub model: &'static str,
+}
+
+const fn case(norm: Norm, shape: &'static [usize], model: &'static str) -> Case {
+    Case { norm, shape, model }
+}
+
+const GROUPS: Norm = Norm::GroupNorm { groups: 32 };
+
+/// The small rows, of 512 elements, take microseconds: there allocation and dispatch rule.
+pub const CASES: &[Case] = &[
+    case(Norm::BatchNorm, &[32, 64, 56, 56], "ResNet-50, stage 1"),
+    case(Norm::BatchNorm, &[8, 256, 28, 28], "ResNet-50, stage 3"),
+    case(Norm::BatchNorm, &[32, 2048, 7, 7], "ResNet-50, last stage"),
+    case(Norm::BatchNorm, &[64, 3, 32, 32], "CIFAR images"),
+    case(Norm::BatchNorm, &[4, 8, 4, 4], "small"),
+    case(Norm::BatchNormEval, &[32, 64, 56, 56], "ResNet-50, stage 1"),
+    case(Norm::BatchNormEval, &[8, 256, 28, 28], "ResNet-50, stage 3"),
+    case(Norm::BatchNormEval, &[64, 3, 32, 32], "CIFAR images"),
+    case(GROUPS, &[8, 320, 32, 32], "Stable Diffusion UNet"),
+    case(GROUPS, &[2, 512, 64, 64], "Stable Diffusion VAE"),
+    case(GROUPS, &[2, 1280, 8, 8], "Stable Diffusion UNet, middle"),
+    case(GROUPS, &[1, 32, 4, 4], "small"),
+    case(Norm::InstanceNorm, &[8, 64, 128, 128], "style transfer"),
+    case(Norm::InstanceNorm, &[32, 64, 56, 56], "style transfer"),
+    case(Norm::InstanceNorm, &[2, 4, 8, 8], "small"),
+    case(Norm::LayerNorm, &[4096, 768], "BERT base, 8 x 512 tokens"),
+    case(Norm::LayerNorm, &[8, 197, 768], "ViT-B/16, 8 images"),
+    case(Norm::LayerNorm, &[2048, 4096], "width of a 7B model"),
+    case(Norm::LayerNorm, &[65536, 128], "Swin, stage 1"),
+    case(Norm::LayerNorm, &[4, 128], "small"),
+    case(Norm::RmsNorm, &[2048, 4096], "Llama 7B, 2048 tokens"),
+    case(Norm::RmsNorm, &[512, 2048], "Llama 3.2 1B, 512 tokens"),
+    case(Norm::RmsNorm, &[1, 4096], "Llama 7B, one token"),
+    case(Norm::RmsNorm, &[4, 128], "small"),
+];
+
+/// A case in one dtype of x. Parameters have x's dtype, but batch norm's, which are f32 as its
+/// running statistics are.
+#[derive(Debug, Clone, Copy)]
+pub struct Row {
+    pub case: Case,
+    pub dtype: DType,
+}
+
+impl Row {
+    /// Every case in f32, then in bf16.
+    pub fn all() -> impl Iterator<Item = Row> {
+        CASES.iter().flat_map(|&case| [DType::F32, DType::BF16].map(|dtype| Row { case, dtype }))
+    }
+
+    pub fn param_dtype(&self) -> DType {
+        match self.case.norm {
+            Norm::BatchNorm | Norm::BatchNormEval => DType::F32,
+            _ => self.dtype,
+        }
+    }
+
+    pub fn elements(&self) -> usize {
+        self.case.shape.iter().product()
+    }
+
+    /// Bytes of x.
+    pub fn bytes(&self) -> usize {
+        self.elements() * self.dtype.size_in_bytes()
+    }
+
+    /// `32x64x56x56`.
+    pub fn shape(&self) -> String {
+        self.case.shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x")
+    }
+
+    /// Bound of the relative L2 error of any output or gradient against f32 arithmetic on the same
+    /// inputs, when each was rounded to its dtype `roundings` times.
+    ///
+    /// A rounding moves an element by half an ulp, `epsilon / 2`. An f32 sum of n terms drifts like
+    /// a random walk of n roundings, by `sqrt(n)` of them; n is the longer of the two sums behind a
+    /// gradient, over a set and over everything that shares a weight.
+    pub fn tolerance(&self, roundings: f64) -> f64 {
+        let epsilon = if self.dtype == DType::BF16 { 2f64.powi(-7) } else { 2f64.powi(-23) };
+        let shared = self.elements() / self.case.norm.params(self.case.shape);
+        let n = shared.max(self.case.norm.set_len(self.case.shape)) as f64;
+        roundings * epsilon / 2.0 + n.sqrt() * 2f64.powi(-24) * 4.0
+    }
+}
+
+impl fmt::Display for Row {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.case.norm, self.shape(), self.dtype.as_str())
+    }
+}
