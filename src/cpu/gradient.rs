@@ -1,0 +1,88 @@
+//! What the backward kernels share: the formula, and where its means come from and its sums go.
+//!
+//! With `xhat = (x - mean) * rstd` and `g = dy * weight`, over the elements of a set:
+//!
+//! ```text
+//! dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
+//!    = rstd * weight * dy + slope * (x - high) + shift
+//! ```
+
+use super::element::Float;
+use super::moments::Stat;
+
+/// Sums of `g` and of `g * (x - high)`.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Sums {
+    pub g: f64,
+    pub gx: f64,
+}
+
+impl Sums {
+    #[inline(always)]
+    pub fn add<A: Float>(&mut self, [g, gx]: [A; 2], weight: f64) {
+        self.g += g.to64() * weight;
+        self.gx += gx.to64() * weight;
+    }
+
+    /// The sum of `g * xhat`.
+    #[inline(always)]
+    pub fn dot<A: Float>(&self, stat: Stat<A>, rstd: A) -> f64 {
+        (self.gx - stat.low.to64() * self.g) * rstd.to64()
+    }
+}
+
+/// Means of `g` and of `g * xhat` over a set.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Means<A> {
+    pub g: A,
+    pub dot: A,
+}
+
+impl<A: Float> Means<A> {
+    pub const ZERO: Self = Means { g: A::ZERO, dot: A::ZERO };
+
+    #[inline(always)]
+    pub fn of(sums: Sums, stat: Stat<A>, rstd: A, center: bool, n: f64) -> Self {
+        let g = if center { A::from64(sums.g / n) } else { A::ZERO };
+        Means { g, dot: A::from64(sums.dot(stat, rstd) / n) }
+    }
+}
+
+/// Where the means come from.
+#[derive(Clone, Copy)]
+pub(super) enum MeansFrom<'a, A> {
+    /// The tile, which holds whole sets.
+    Tile,
+    /// One for every set of the tensor.
+    Given(&'a [Means<A>]),
+    /// The statistics did not depend on x: there are none.
+    Fixed,
+}
+
+/// What turns dy and x into dx for one set.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Slope<A> {
+    pub high: A,
+    pub rstd: A,
+    pub slope: A,
+    pub shift: A,
+    /// `xhat = (x - high) * rstd + centre`
+    pub centre: A,
+}
+
+impl<A: Float> Slope<A> {
+    #[inline(always)]
+    pub fn of(stat: Stat<A>, rstd: A, means: Means<A>) -> Self {
+        let slope = -(rstd * (rstd * means.dot));
+        let shift = -(rstd * means.g) - slope * stat.low;
+        Slope { high: stat.high, rstd, slope, shift, centre: -(stat.low * rstd) }
+    }
+}
+
+/// Sums for the parameters that a tile touches; kernels add to what is there.
+pub(super) struct Slots<'a, A> {
+    /// Of `dy * xhat`.
+    pub weight: &'a mut [A],
+    /// Of `dy`.
+    pub bias: &'a mut [A],
+}

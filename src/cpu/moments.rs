@@ -1,0 +1,93 @@
+//! Mean and variance: partial results that can be merged, and the form in which they are kept.
+//!
+//! Partial results are offsets from the set's pivot, its first element: differences from a nearby
+//! number keep the digits that a mean near 1e4 has no room for. Merging is Chan, Golub and LeVeque's
+//! update (1979), in f64: a few operations per thousands of elements.
+
+use super::element::Float;
+
+/// Mean, as an offset from the pivot, and sum of squared deviations of `n` elements.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Moments {
+    pub n: f64,
+    pub offset: f64,
+    pub m2: f64,
+}
+
+impl Moments {
+    #[inline(always)]
+    pub fn merge(&mut self, other: Moments) {
+        if self.n == 0.0 {
+            *self = other;
+        } else if other.n > 0.0 {
+            let n = self.n + other.n;
+            let (delta, share) = (other.offset - self.offset, other.n / n);
+            self.offset += delta * share;
+            self.m2 += other.m2 + delta * delta * self.n * share;
+            self.n = n;
+        }
+    }
+}
+
+/// Statistics of a set: the mean is `high + low`.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Stat<A> {
+    pub high: A,
+    pub low: A,
+    pub var: A,
+}
+
+impl<A: Float> Stat<A> {
+    /// Of a set whose pivot is `pivot`; zeros for an empty set.
+    #[inline(always)]
+    pub fn of(pivot: A, moments: Moments) -> Self {
+        if moments.n == 0.0 {
+            return Stat { high: A::ZERO, low: A::ZERO, var: A::ZERO };
+        }
+        let pivot = pivot.to64();
+        let mean = pivot + moments.offset;
+        let high = A::from64(mean);
+        // What the two roundings above lost (the first by Knuth's exact sum).
+        let rest = mean - pivot;
+        let low = (mean - high.to64()) + ((pivot - (mean - rest)) + (moments.offset - rest));
+        let low = if mean.is_finite() { A::from64(low) } else { A::ZERO };
+        Stat { high, low, var: A::from64(moments.m2 / moments.n) }
+    }
+
+    #[inline(always)]
+    pub fn rstd(&self, eps: A) -> A {
+        A::ONE / (self.var + eps).root()
+    }
+}
+
+/// Statistics of all sets, as they travel: `[3, sets]`.
+#[derive(Clone, Copy)]
+pub(super) struct Stats<'a, A>(pub &'a [A]);
+
+impl<A: Float> Stats<'_, A> {
+    #[inline(always)]
+    pub fn of(&self, set: usize) -> Stat<A> {
+        let sets = self.0.len() / 3;
+        Stat { high: self.0[set], low: self.0[sets + set], var: self.0[2 * sets + set] }
+    }
+}
+
+/// Where the statistics of neighbouring sets are written.
+pub(super) type StatsOut<'a, A> = [&'a mut [A]; 3];
+
+/// Where a kernel takes the statistics from.
+pub(super) enum Source<'a, A> {
+    Given(Stats<'a, A>),
+    /// From the tile, which holds whole sets; kept for the backward if somebody asks.
+    Tile(Option<StatsOut<'a, A>>),
+}
+
+impl<A: Float> Source<'_, A> {
+    /// Keeps the statistics of the tile's set number `i`.
+    #[inline(always)]
+    pub fn keep(&mut self, i: usize, stat: Stat<A>) {
+        if let Source::Tile(Some([high, low, var])) = self {
+            (high[i], low[i], var[i]) = (stat.high, stat.low, stat.var);
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Forward kernels for sets of long runs: each set of the tile is summed and normalized in turn,
+//! while it is in cache.
+//!
+//! ```text
+//! y = (x - high) * (rstd * weight) + (bias - low * rstd * weight)        mean = high + low
+//! ```
+
+pub(in crate::cpu) mod backward;
+
+use crate::cpu::element::{fma, Element, Float, PANEL};
+use crate::cpu::lanes::Lanes;
+use crate::cpu::level::Kernel;
+use crate::cpu::moments::{Moments, Source, Stat};
+use crate::cpu::output::OutTile;
+use crate::cpu::params::{Form, Params};
+use crate::cpu::tile::Tile;
+use crate::geometry::Geometry;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+/// The part of one set that lies in a tile: rows of the matrix, and columns.
+#[derive(Debug, Clone)]
+pub(in crate::cpu) struct Part {
+    pub set: usize,
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+}
+
+/// The sets of a tile, in order.
+#[inline(always)]
+pub(in crate::cpu) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item = Part> + 'a {
+    let blocks = tile.rows.start / g.rows..tile.rows.end.div_ceil(g.rows);
+    blocks.flat_map(move |o| {
+        let rows = tile.rows.start.max(o * g.rows)..tile.rows.end.min((o + 1) * g.rows);
+        let sets = tile.columns.start / g.run..tile.columns.end.div_ceil(g.run);
+        sets.map(move |q| Part {
+            set: o * g.sets_per_outer() + q,
+            rows: rows.clone(),
+            columns: tile.columns.start.max(q * g.run)..tile.columns.end.min((q + 1) * g.run),
+        })
+    })
+}
+
+impl Part {
+    /// Panels of at most `PANEL` elements: `f` gets each one's rows and columns.
+    #[inline(always)]
+    pub fn panels(&self, mut f: impl FnMut(Range<usize>, Range<usize>)) {
+        let len = self.columns.len();
+        let (down, across) = ((PANEL / len).max(1), len.min(PANEL));
+        for r in self.rows.clone().step_by(down) {
+            for c in self.columns.clone().step_by(across) {
+                f(r..(r + down).min(self.rows.end), c..(c + across).min(self.columns.end));
+            }
+        }
+    }
+
+    /// Pieces of a row in which the parameter is the same.
+    #[inline(always)]
+    pub fn spans(&self, span: usize, mut f: impl FnMut(usize, Range<usize>)) {
+        let mut at = self.columns.start;
+        while at < self.columns.end {
+            let end = ((at / span + 1) * span).min(self.columns.end);
+            f(at / span, at..end);
+            at = end;
+        }
+    }
+}
+
+/// The first element of a set.
+#[inline(always)]
+pub(in crate::cpu) fn pivot<T: Element>(g: &Geometry, x: &[T], set: usize) -> T::Acc {
+    let spo = g.sets_per_outer();
+    match g.center {
+        true => x[set / spo * g.block_len() + set % spo * g.run].widen(),
+        false => T::Acc::ZERO,
+    }
+}
+
+/// Moments of a part about the set's pivot; about zero without centering.
+#[inline(always)]
+pub(in crate::cpu) fn moments<T: Element, const W: usize, const FMA: bool>(
+    g: &Geometry,
+    x: &[T],
+    part: &Part,
+    buffer: &mut T::Buffer,
+) -> Moments {
+    let pivot = pivot(g, x, part.set);
+    let mut moments = Moments::default();
+    part.panels(|rows, columns| {
+        let n = rows.len() * columns.len();
+        let from = &x[rows.start * g.width + columns.start..];
+        let panel = T::panel(from, g.width, rows.len(), columns.len(), buffer).flat();
+        let mut offset = T::Acc::ZERO;
+        if g.center {
+            let mut sum = Lanes::<T::Acc, 1, W>::new();
+            for r in 0..panel.rows {
+                sum.add([panel.row(r)], |[x], [sum]| [sum + (x - pivot)]);
+            }
+            offset = T::Acc::from64(sum.total()[0].to64() / n as f64);
+        }
+        let mut squares = Lanes::<T::Acc, 1, W>::new();
+        for r in 0..panel.rows {
+            squares.add([panel.row(r)], |[x], [sum]| {
+                let d = (x - pivot) - offset;
+                [fma::<_, FMA>(d, d, sum)]
+            });
+        }
+        moments.merge(Moments { n: n as f64, offset: offset.to64(), m2: squares.total()[0].to64() });
+    });
+    moments
+}
+
+/// Moments of every part of a set in a tile, for sets that are cut.
+pub(in crate::cpu) struct Partial<'a, T: Element> {
+    pub g: &'a Geometry,
+    pub x: &'a [T],
+    pub tile: &'a Tile,
+    pub out: &'a mut [Moments],
+}
+
+impl<T: Element> Kernel for Partial<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const W: usize, const FMA: bool>(self) {
+        let mut buffer = T::buffer();
+        for (part, out) in parts(self.g, self.tile).zip(self.out) {
+            *out = moments::<T, W, FMA>(self.g, self.x, &part, &mut buffer);
+        }
+    }
+}
+
+/// Normalizes a tile.
+pub(in crate::cpu) struct Forward<'a, T: Element> {
+    pub g: &'a Geometry,
+    pub eps: T::Acc,
+    pub x: &'a [T],
+    pub params: &'a Params<'a, T::Acc>,
+    pub stats: Source<'a, T::Acc>,
+    pub tile: &'a Tile,
+    pub out: OutTile<'a, T>,
+}
+
+impl<T: Element> Kernel for Forward<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const W: usize, const FMA: bool>(mut self) {
+        let mut buffer = T::buffer();
+        for (i, part) in parts(self.g, self.tile).enumerate() {
+            let stat = match &self.stats {
+                Source::Given(stats) => stats.of(part.set),
+                Source::Tile(_) => {
+                    let moments = moments::<T, W, FMA>(self.g, self.x, &part, &mut buffer);
+                    Stat::of(pivot(self.g, self.x, part.set), moments)
+                }
+            };
+            self.stats.keep(i, stat);
+            self.normalize::<FMA>(&part, stat);
+        }
+    }
+}
+
+impl<T: Element> Forward<'_, T> {
+    #[inline(always)]
+    fn normalize<const FMA: bool>(&mut self, part: &Part, stat: Stat<T::Acc>) {
+        let (high, rstd) = (stat.high, stat.rstd(self.eps));
+        let shift = -(stat.low * rstd);
+        let (params, out) = (self.params, &mut self.out);
+        for row in part.rows.clone() {
+            let x = &self.x[row * self.g.width..][..self.g.width];
+            match (params.form, &params.weight, &params.bias) {
+                (Form::Columns, Some(weight), bias) => {
+                    let c = part.columns.clone();
+                    let bias = bias.as_ref().map(|b| &b[c.clone()]);
+                    let y = out.row(row, c.clone());
+                    by_column::<T, FMA>(&x[c.clone()], y, &weight[c], bias, [high, rstd, shift]);
+                }
+                (Form::Spans(span), _, _) => part.spans(span, |p, c| {
+                    let weight = params.weight(p);
+                    let bias = fma::<_, FMA>(shift, weight, params.bias(p));
+                    let y = out.row(row, c.clone());
+                    by_constant::<T, FMA>(&x[c], y, [high, rstd * weight, bias]);
+                }),
+                // `Params::new` gives columns a weight, and rows are not walked by runs.
+                _ => unreachable!(),
+            }
+        }
+    }
+}
+
+/// `y = (x - high) * scale + bias`
+#[inline(always)]
+fn by_constant<T: Element, const FMA: bool>(
+    x: &[T],
+    y: &mut [MaybeUninit<T>],
+    [high, scale, bias]: [T::Acc; 3],
+) {
+    let n = x.len();
+    let y = &mut y[..n];
+    for i in 0..n {
+        y[i].write(T::narrow(fma::<_, FMA>(x[i].widen() - high, scale, bias)));
+    }
+}
+
+/// `y = ((x - high) * rstd + shift) * weight + bias`
+#[inline(always)]
+fn by_column<T: Element, const FMA: bool>(
+    x: &[T],
+    y: &mut [MaybeUninit<T>],
+    weight: &[T::Acc],
+    bias: Option<&[T::Acc]>,
+    [high, rstd, shift]: [T::Acc; 3],
+) {
+    let n = x.len();
+    let (y, weight) = (&mut y[..n], &weight[..n]);
+    match bias {
+        Some(bias) => {
+            let bias = &bias[..n];
+            for i in 0..n {
+                let xhat = fma::<_, FMA>(x[i].widen() - high, rstd, shift);
+                y[i].write(T::narrow(fma::<_, FMA>(xhat, weight[i], bias[i])));
+            }
+        }
+        None => {
+            for i in 0..n {
+                let xhat = fma::<_, FMA>(x[i].widen() - high, rstd, shift);
+                y[i].write(T::narrow(xhat * weight[i]));
+            }
+        }
+    }
+}

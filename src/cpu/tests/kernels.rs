@@ -1,0 +1,308 @@
+//! Forward and backward at every level against the oracle.
+
+use super::oracle;
+use crate::call::{Arg, Backward, Forward, Norm, Want};
+use crate::cpu::element::Element;
+use crate::cpu::level::Level;
+use crate::cpu::{backward, forward};
+use crate::geometry::{Affine, Geometry};
+use candle_core::{CpuStorage, DType, Result, WithDType};
+use half::{bf16, f16};
+use rand::{rngs::StdRng, Rng, SeedableRng};
+
+const EPS: f64 = 1e-5;
+
+fn geometry(outer: usize, rows: usize, width: usize, run: usize, affine: Affine) -> Geometry {
+    Geometry { outer, rows, width, run, affine, center: true }
+}
+
+fn span(span: usize) -> Affine {
+    Affine::Column { span }
+}
+
+/// Small shapes: for each way of walking, lengths around vectors and panels, and primes.
+fn small() -> Vec<Geometry> {
+    let mut all = vec![];
+    // Layer norm, and group norm with a span: one row per set.
+    for n in [1, 2, 3, 7, 15, 16, 17, 31, 33, 63, 64, 65, 127, 768, 1009, 4095, 4096, 4097, 8193] {
+        all.push(geometry(3, 1, n, n, span(1)));
+        all.push(geometry(2, 1, 3 * n, n, span(n)));
+        all.push(geometry(2, 1, 6 * n, 3 * n, span(n)));
+    }
+    // Batch norm: sets of several rows; runs on both sides of the limit for columns.
+    for (rows, run) in
+        [(2, 5), (3, 20), (9, 20), (8, 49), (33, 49), (7, 49), (5, 63), (5, 64), (9, 196), (3, 4099)]
+    {
+        all.push(geometry(1, rows, 3 * run, run, span(run)));
+    }
+    // Channels-last: batch norm, and group norm with short and long runs.
+    for (rows, width) in
+        [(2, 1), (5, 3), (64, 3), (65, 16), (129, 17), (70, 47), (1000, 7), (31, 64), (130, 200)]
+    {
+        all.push(geometry(1, rows, width, 1, span(1)));
+    }
+    for (rows, groups, run) in
+        [(4, 2, 3), (65, 3, 5), (49, 4, 8), (130, 7, 10), (20, 2, 60), (20, 2, 65), (3, 3, 130)]
+    {
+        all.push(geometry(2, rows, groups * run, run, span(1)));
+    }
+    // Layer norm over a leading dimension: parameters by row.
+    for (rows, width) in [(1, 5), (2, 2), (3, 17), (64, 65), (100, 16), (130, 31), (96, 49), (5, 4100)] {
+        all.push(geometry(2, rows, width, 1, Affine::Row));
+    }
+    all
+}
+
+/// Shapes above the limits in `tile.rs`, which are cut in every way there is.
+fn large() -> Vec<Geometry> {
+    vec![
+        geometry(700, 1, 131, 131, span(1)),
+        geometry(65, 1, 3001, 3001, span(1)),
+        // Layer norm with sets that are cut.
+        geometry(3, 1, 200_003, 200_003, span(1)),
+        // Group norm: whole sets, and cut ones, within spans and over them.
+        geometry(4, 1, 64 * 400, 2 * 400, span(400)),
+        geometry(1, 1, 4 * 70_000, 2 * 70_000, span(70_000)),
+        geometry(1, 1, 2 * 300 * 1001, 300 * 1001, span(1001)),
+        geometry(2, 1, 20_000 * 9, 10_000 * 9, span(9)),
+        // Batch norm: whole sets, cut ones, and a single channel.
+        geometry(1, 16, 32 * 300, 300, span(300)),
+        geometry(1, 64, 3 * 1024, 1024, span(1024)),
+        geometry(1, 2, 150_001, 150_001, span(150_001)),
+        geometry(1, 32, 200 * 49, 49, span(49)),
+        // Channels-last: few columns, many, and groups.
+        geometry(1, 50_001, 3, 1, span(1)),
+        geometry(1, 3001, 100, 1, span(1)),
+        geometry(1, 20_011, 33, 1, span(1)),
+        geometry(2, 1024, 160, 10, span(1)),
+        geometry(1, 3000, 160, 80, span(1)),
+        geometry(5, 768, 50, 1, Affine::Row),
+        geometry(1, 2050, 130, 1, Affine::Row),
+    ]
+}
+
+struct Case<T: Element> {
+    norm: Norm,
+    x: CpuStorage,
+    dy: CpuStorage,
+    w: CpuStorage,
+    b: CpuStorage,
+    /// The same values in f64.
+    exact: [Vec<f64>; 4],
+    t: std::marker::PhantomData<T>,
+}
+
+fn random<T: WithDType>(rng: &mut StdRng, n: usize, mean: f64, std: f64) -> (CpuStorage, Vec<f64>) {
+    // Uniform of the given mean and standard deviation.
+    let v: Vec<T> =
+        (0..n).map(|_| T::from_f64(mean + std * 12f64.sqrt() * (rng.random::<f64>() - 0.5))).collect();
+    let exact = v.iter().map(|x| x.to_f64()).collect();
+    (T::to_cpu_storage_owned(v), exact)
+}
+
+impl<T: Element> Case<T> {
+    fn new(geometry: Geometry, mean: f64, std: f64) -> Self {
+        Self::with_params::<T::Acc>(geometry, mean, std)
+    }
+
+    fn with_params<P: WithDType>(geometry: Geometry, mean: f64, std: f64) -> Self {
+        let rng = &mut StdRng::seed_from_u64(geometry.elements() as u64);
+        let (x, ex) = random::<T>(rng, geometry.elements(), mean, std);
+        let (dy, edy) = random::<T>(rng, geometry.elements(), 0.1, 1.0);
+        let (w, ew) = random::<P>(rng, geometry.params(), 1.0, 0.3);
+        let (b, eb) = random::<P>(rng, geometry.params(), 0.2, 0.5);
+        let norm = Norm { name: "test", geometry, eps: EPS };
+        Case { norm, x, dy, w, b, exact: [ex, edy, ew, eb], t: std::marker::PhantomData }
+    }
+
+    fn forward(&self, level: Level) -> (Vec<T>, Vec<T::Acc>) {
+        let call = Forward {
+            norm: self.norm,
+            x: arg(&self.x),
+            weight: Some(arg(&self.w)),
+            bias: Some(arg(&self.b)),
+            given: None,
+            keep: true,
+            running: None,
+        };
+        let (y, stats) = forward::forward::<T>(level, &call).unwrap();
+        (y, stats.unwrap())
+    }
+
+    fn backward(&self, level: Level, stats: &[T::Acc], fixed: bool, want: Want) -> [Option<Vec<f64>>; 3] {
+        let stats = T::Acc::to_cpu_storage(stats);
+        let call = self.call(&stats, fixed, want);
+        let g = backward::backward::<T>(level, &call).unwrap();
+        [g.dx, g.dweight, g.dbias].map(|s| s.map(|s| to64(&s)))
+    }
+
+    fn call<'a>(&'a self, stats: &'a CpuStorage, fixed: bool, want: Want) -> Backward<'a, CpuStorage> {
+        let (x, dy, weight, stats) = (arg(&self.x), arg(&self.dy), Some(arg(&self.w)), arg(stats));
+        Backward { norm: self.norm, x, dy, weight, stats, fixed, want }
+    }
+}
+
+fn arg(storage: &CpuStorage) -> Arg<'_, CpuStorage> {
+    Arg { storage, offset: 0 }
+}
+
+fn to64(s: &CpuStorage) -> Vec<f64> {
+    match s {
+        CpuStorage::F64(v) => v.clone(),
+        CpuStorage::F32(v) => v.iter().map(|x| *x as f64).collect(),
+        CpuStorage::F16(v) => v.iter().map(|x| x.to_f64()).collect(),
+        CpuStorage::BF16(v) => v.iter().map(|x| x.to_f64()).collect(),
+        _ => unreachable!(),
+    }
+}
+
+fn all_to64<T: WithDType>(v: &[T]) -> Vec<f64> {
+    v.iter().map(|x| x.to_f64()).collect()
+}
+
+fn largest(x: &[f64]) -> f64 {
+    x.iter().fold(0f64, |m, x| m.max(x.abs()))
+}
+
+/// Largest error, relative to the larger of the expected value and a tenth of `scale`.
+fn worst(got: &[f64], expected: &[f64], scale: f64) -> f64 {
+    assert_eq!(got.len(), expected.len());
+    let error = |(g, e): (&f64, &f64)| match g == e {
+        true => 0.0,
+        false => (g - e).abs() / e.abs().max(0.1 * scale),
+    };
+    got.iter().zip(expected).map(error).fold(0.0, |m, e| if e > m || e.is_nan() { e } else { m })
+}
+
+/// Unit roundoff of a dtype.
+fn unit(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => f64::EPSILON / 2.0,
+        DType::F32 => f32::EPSILON as f64 / 2.0,
+        DType::F16 => f16::EPSILON.to_f64() / 2.0,
+        _ => bf16::EPSILON.to_f64() / 2.0,
+    }
+}
+
+/// Some tens of roundings in the accumulation type; for f64 the oracle's own on top, which does not
+/// keep its means to more than f64.
+fn noise<T: Element>() -> f64 {
+    let oracle = if T::DTYPE == DType::F64 { 400.0 } else { 0.0 };
+    (40.0 + oracle) * unit(T::Acc::DTYPE)
+}
+
+/// One rounding to T, and the noise.
+fn tolerance<T: Element>() -> f64 {
+    1.01 * unit(T::DTYPE) + noise::<T>()
+}
+
+/// Sums of n terms in lanes and panels: the error grows like a random walk; in f64 it is rather the
+/// oracle's, which sums one by one.
+fn sum_tolerance<T: Element>(n: usize) -> f64 {
+    let growth = if T::DTYPE == DType::F64 { n as f64 } else { 4.0 * (n as f64).sqrt() };
+    noise::<T>() + growth * unit(T::Acc::DTYPE)
+}
+
+const ALL: Want = Want { dx: true, dweight: Some(DType::F64), dbias: Some(DType::F64) };
+
+fn check<T: Element>(level: Level, mut g: Geometry, center: bool) {
+    g.center = center;
+    let c = Case::<T>::new(g, 0.5, 2.0);
+    let [x, dy, w, b] = &c.exact;
+    let exact = oracle::statistics(&g, x);
+    let what = |part: &str| format!("{part} at {} of {:?}, {g:?}", level.name(), T::DTYPE);
+
+    let (y, stats) = c.forward(level);
+    let expected = oracle::forward(&g, EPS, x, &exact, w, b);
+    // A set of one element, or of equal ones, leaves the bias and rounding errors times 1/sqrt(eps).
+    let error = worst(&all_to64(&y), &expected, largest(&expected));
+    assert!(error < tolerance::<T>(), "{}: {error:e}", what("y"));
+
+    for fixed in [false, true] {
+        let expected = oracle::backward(&g, EPS, x, dy, &exact, w, fixed);
+        let per_param = sum_tolerance::<T>(g.elements() / g.params().max(1));
+        let limits = [tolerance::<T>() + sum_tolerance::<T>(1), per_param, per_param];
+        // dx is a difference; of small sets it may vanish, but not the rounding of its terms.
+        let terms = &oracle::backward(&g, EPS, x, dy, &exact, w, true)[0];
+        // Sums of either sign may cancel, but not the rounding on the way.
+        let walk = (g.elements() as f64 / g.params().max(1) as f64).sqrt();
+        let scales = [largest(terms), largest(&expected[1]).max(walk), largest(&expected[2]).max(walk)];
+        let compare = |got: [Option<Vec<f64>>; 3], wanted: [bool; 3]| {
+            for (i, name) in ["dx", "dweight", "dbias"].into_iter().enumerate() {
+                let name = what(&format!("{name} (fixed {fixed}, wanted {wanted:?})"));
+                assert_eq!(got[i].is_some(), wanted[i], "{name}");
+                let Some(got) = &got[i] else { continue };
+                let error = worst(got, &expected[i], scales[i]);
+                assert!(error < limits[i], "{name}: {error:e} > {:e}", limits[i]);
+            }
+        };
+        compare(c.backward(level, &stats, fixed, ALL), [true; 3]);
+        let lone = Want { dx: true, dweight: None, dbias: None };
+        compare(c.backward(level, &stats, fixed, lone), [true, false, false]);
+        compare(c.backward(level, &stats, fixed, Want { dx: false, ..ALL }), [false, true, true]);
+    }
+}
+
+fn check_all<T: Element>(shapes: &[Geometry]) {
+    for level in Level::available() {
+        shapes.iter().for_each(|g| check::<T>(level, *g, true));
+    }
+}
+
+#[test]
+fn without_centering() {
+    for level in Level::available() {
+        small().into_iter().for_each(|g| check::<f32>(level, g, false));
+        large().into_iter().step_by(3).for_each(|g| check::<bf16>(level, g, false));
+    }
+}
+
+#[test]
+fn f32_small() {
+    check_all::<f32>(&small());
+}
+
+#[test]
+fn f64_small() {
+    check_all::<f64>(&small());
+}
+
+#[test]
+fn f16_small() {
+    check_all::<f16>(&small());
+}
+
+#[test]
+fn bf16_small() {
+    check_all::<bf16>(&small());
+}
+
+#[test]
+fn f32_large() {
+    check_all::<f32>(&large());
+}
+
+#[test]
+fn bf16_large() {
+    check_all::<bf16>(&large());
+}
+
+#[test]
+fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
+    for g in large() {
+        let c = Case::<f32>::new(g, 0.5, 2.0);
+        let all = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let level = Level::available()[0];
+                let (y, stats) = c.forward(level);
+                let gradients = c.backward(level, &stats, false, ALL);
+                let fixed = c.backward(level, &stats, true, ALL);
+                (y, stats, gradients, fixed)
+            })
+        };
+        let one = all(1);
+        assert!(one == all(2) && one == all(5), "{g:?}");
+    }
+    Ok(())
+}

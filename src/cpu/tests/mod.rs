@@ -1,0 +1,5 @@
+//! Every level of this machine against a scalar oracle in f64, on every way in which kernels walk.
+
+mod kernels;
+mod oracle;
+mod parts;

@@ -1,0 +1,101 @@
+//! Conversions exhaustively; cuts for all their shapes; levels by name.
+
+use crate::cpu::element::Element;
+use crate::cpu::level::Level;
+use crate::cpu::tile::Cut;
+use crate::geometry::{Affine, Geometry};
+use half::{bf16, f16};
+
+#[test]
+fn widening_is_exact_for_every_half() {
+    for bits in 0..=u16::MAX {
+        let (a, b) = (f16::from_bits(bits), bf16::from_bits(bits));
+        let same =
+            |ours: f32, theirs: f32| ours.to_bits() == theirs.to_bits() || ours.is_nan() && theirs.is_nan();
+        assert!(same(a.widen(), a.to_f32()), "f16 {bits:#06x}");
+        assert!(same(b.widen(), b.to_f32()), "bf16 {bits:#06x}");
+    }
+}
+
+#[test]
+fn narrowing_rounds_to_nearest_even() {
+    // Every half, its neighbours in f32, and the points half way to the next half.
+    let halves =
+        (0..=u16::MAX).flat_map(|bits| [f16::from_bits(bits).to_f32(), bf16::from_bits(bits).to_f32()]);
+    for x in halves {
+        let near = [0u32, 1, 0x0fff, 0x1000, 0x1001, 0x7fff, 0x8000, 0x8001];
+        for x in near.map(|d| f32::from_bits(x.to_bits().wrapping_add(d))) {
+            let (a, b) = (<f16 as Element>::narrow(x), <bf16 as Element>::narrow(x));
+            assert!(a == f16::from_f32(x) || a.is_nan() && x.is_nan(), "f16 of {x:e}: {a:e}");
+            assert!(b == bf16::from_f32(x) || b.is_nan() && x.is_nan(), "bf16 of {x:e}: {b:e}");
+            assert_eq!(a.is_sign_negative(), x.is_sign_negative());
+        }
+    }
+}
+
+/// Each element in one tile; tiles of `Cut::new` that hold whole sets name them in order.
+fn check_cut(g: &Geometry, cut: &Cut, whole: bool) {
+    let mut seen = vec![0u8; g.elements()];
+    let mut sets = vec![];
+    for tile in cut.tiles() {
+        assert!(!tile.rows.is_empty() && !tile.columns.is_empty(), "{g:?}: empty {tile:?}");
+        tile.rows.clone().for_each(|r| tile.columns.clone().for_each(|c| seen[r * g.width + c] += 1));
+        sets.extend(tile.sets(g));
+        let params = tile.params(g);
+        for (row, column) in
+            [(tile.rows.start, tile.columns.start), (tile.rows.end - 1, tile.columns.end - 1)]
+        {
+            assert!(params.contains(&g.param(row % g.rows, column)), "{g:?}: {tile:?} has params {params:?}");
+        }
+    }
+    assert!(seen.iter().all(|n| *n == 1), "{g:?} is not tiled by {cut:?}");
+    if whole && g.elements() > 0 {
+        assert_eq!(sets, (0..g.sets()).collect::<Vec<_>>(), "{g:?}");
+    }
+}
+
+#[test]
+fn cuts_tile_every_shape() {
+    let column = |span| Affine::Column { span };
+    // Below and above the serial limit, whole sets and cut ones, odd numbers everywhere.
+    let shapes = [
+        (1, 1, 0, 0, column(1)),
+        (3, 1, 7, 7, column(1)),
+        (4097, 1, 129, 129, column(1)),
+        (7, 1, 200_001, 200_001, column(1)),
+        (2, 1, 3 * 100_003, 100_003, column(100_003)),
+        (2, 1, 6 * 65_537, 3 * 65_537, column(65_537)),
+        (5, 1, 320 * 49, 10 * 49, column(49)),
+        (1, 33, 64 * 784, 784, column(784)),
+        (1, 67, 3 * 4096, 4096, column(4096)),
+        (1, 3, 3 * 100_003, 100_003, column(100_003)),
+        (1, 33, 2048 * 49, 49, column(49)),
+        (1, 100_003, 3, 1, column(1)),
+        (1, 5003, 321, 1, column(1)),
+        (3, 1024, 320, 10, column(1)),
+        (9, 768, 197, 1, Affine::Row),
+        (1, 64, 100_003, 1, Affine::Row),
+        (2, 50_000, 256, 128, column(1)),
+    ];
+    for (outer, rows, width, run, affine) in shapes {
+        let g = Geometry { outer, rows, width, run, affine, center: true };
+        for bytes in [2, 4, 8, 16] {
+            let cut = Cut::new(&g, bytes);
+            check_cut(&g, &cut, cut.whole_sets());
+            check_cut(&g, &cut.clone().with_tall_tiles(true), cut.whole_sets());
+            check_cut(&g, &cut.columns_first(), false);
+            check_cut(&g, &Cut::sweep(&g, bytes), false);
+        }
+    }
+}
+
+#[test]
+fn levels_are_named_and_the_scalar_one_is_always_there() {
+    let names: Vec<_> = Level::available().iter().map(|l| l.name()).collect();
+    println!("levels tested on this machine: {names:?}");
+    assert_eq!(names.last(), Some(&"scalar"));
+    assert!(Level::named("sse9").is_err());
+    for name in ["scalar", "avx2", "avx512"] {
+        assert_eq!(Level::named(name).is_ok(), names.contains(&name), "{name}");
+    }
+}

@@ -1,0 +1,248 @@
+//! How a tensor is cut into tiles: by its shape and element size alone.
+//!
+//! Never by the number of threads: the cut decides the order of every sum, and so its last bits.
+//! A tile is a rectangle of the tensor seen as a matrix of `outer * rows` rows and `width` columns.
+
+use crate::geometry::{Affine, Geometry};
+use std::ops::Range;
+
+/// Bytes of input in a tile: enough for a thread to forget the cost of fetching work, few enough for
+/// the second-level cache to hold what is read twice, and written.
+const TILE_BYTES: usize = 256 << 10;
+/// Sets above this are statistically summed in one sweep and normalized in another.
+const WHOLE_SET_BYTES: usize = 512 << 10;
+/// Below this, all is done in one tile, on the calling thread: handing work over costs microseconds.
+const SERIAL_BYTES: usize = 64 << 10;
+/// Tiles wanted at least from a tensor above `SERIAL_BYTES`, for threads to share.
+const MIN_TILES: usize = 16;
+/// Rows that repay a tile's own sums for every column.
+const TALL: usize = 64;
+/// Columns that are walked side by side where sets are columns: full cache lines, full vectors.
+const SIDE_BY_SIDE: usize = 64;
+
+/// How the elements of a set lie, and so which kernels walk them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Walk {
+    /// Along the runs, a set at a time.
+    Runs,
+    /// Along the rows, all sets of the tile at a time, each column for itself.
+    Columns,
+}
+
+impl Walk {
+    pub fn of(g: &Geometry) -> Walk {
+        // A run shorter than a vector or two is mostly tail; rows repay the merging of columns.
+        let short = g.rows > 1 && (g.run < 16 || g.run < 64 && g.rows >= 8);
+        if short || g.affine == Affine::Row {
+            Walk::Columns
+        } else {
+            Walk::Runs
+        }
+    }
+}
+
+/// A rectangle of the matrix `[outer * rows, width]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Tile {
+    pub rows: Range<usize>,
+    pub columns: Range<usize>,
+}
+
+impl Tile {
+    /// The sets it touches: neighbours, in the order of sets.
+    pub fn sets(&self, g: &Geometry) -> Range<usize> {
+        if self.rows.is_empty() || self.columns.is_empty() {
+            return 0..0;
+        }
+        let (first, last) = (self.rows.start / g.rows, (self.rows.end - 1) / g.rows);
+        let spo = g.sets_per_outer();
+        first * spo + self.columns.start / g.run..last * spo + (self.columns.end - 1) / g.run + 1
+    }
+
+    /// The parameters it touches.
+    pub fn params(&self, g: &Geometry) -> Range<usize> {
+        match g.affine {
+            _ if self.rows.is_empty() || self.columns.is_empty() => 0..0,
+            Affine::Column { span } => self.columns.start / span..(self.columns.end - 1) / span + 1,
+            // Rows of several blocks: all of a block's.
+            Affine::Row if self.rows.len() >= g.rows => 0..g.rows,
+            Affine::Row => self.rows.start % g.rows..(self.rows.end - 1) % g.rows + 1,
+        }
+    }
+}
+
+/// A grid of tiles over a tensor: `outers == 1` or rows are whole, `sets == 1` or runs are whole.
+#[derive(Debug, Clone)]
+pub(super) struct Cut {
+    g: Geometry,
+    /// Blocks in a tile.
+    outers: usize,
+    /// Rows of a block in a tile.
+    rows: usize,
+    /// Sets side by side in a tile.
+    sets: usize,
+    /// Columns of a run in a tile.
+    run: usize,
+}
+
+impl Cut {
+    /// The cut for an op that visits each set twice. `bytes`: of all that is read per element.
+    pub fn new(g: &Geometry, bytes: usize) -> Cut {
+        let mut cut = Cut { g: *g, outers: g.outer, rows: g.rows, sets: g.sets_per_outer(), run: g.run };
+        let total = g.elements() * bytes;
+        if total <= SERIAL_BYTES {
+            return cut;
+        }
+        let target = (total / MIN_TILES).clamp(SERIAL_BYTES / 4, TILE_BYTES) / bytes;
+        let block = g.block_len();
+        if block <= target {
+            cut.outers = even(g.outer, target / block);
+            return cut;
+        }
+        cut.outers = 1;
+        let narrowest = match Walk::of(g) {
+            Walk::Runs => g.run,
+            Walk::Columns => g.run.max(SIDE_BY_SIDE / g.run * g.run).min(g.width),
+        };
+        let bands = g.outer * g.width.div_ceil(narrowest);
+        if g.rows * narrowest * bytes <= WHOLE_SET_BYTES && bands >= MIN_TILES / 2 {
+            cut.sets = even(cut.sets, (target / g.rows).max(narrowest) / g.run);
+            return cut;
+        }
+        cut.split(target);
+        cut
+    }
+
+    /// The cut for an op that visits each element once, in the order of memory.
+    pub fn sweep(g: &Geometry, bytes: usize) -> Cut {
+        let mut cut = Cut { g: *g, outers: g.outer, rows: g.rows, sets: g.sets_per_outer(), run: g.run };
+        let total = g.elements() * bytes;
+        if total <= SERIAL_BYTES {
+            return cut;
+        }
+        let target = (total / MIN_TILES).clamp(SERIAL_BYTES / 4, TILE_BYTES) / bytes;
+        if g.block_len() <= target {
+            cut.outers = even(g.outer, target / g.block_len());
+            return cut;
+        }
+        cut.outers = 1;
+        cut.rows = even(g.rows, target / g.width);
+        if g.width > target {
+            cut.sets = even(cut.sets, target / g.run);
+        }
+        if g.run > target {
+            cut.run = cut.even_run(target);
+        }
+        cut
+    }
+
+    /// Cuts inside sets, into about `target` elements.
+    fn split(&mut self, target: usize) {
+        let g = self.g;
+        match Walk::of(&g) {
+            Walk::Columns => {
+                // Enough rows to repay the merging of a column's pieces.
+                let columns = (target / 256).clamp(SIDE_BY_SIDE, g.width.max(SIDE_BY_SIDE));
+                self.sets = even(self.sets, (columns / g.run).max(1));
+                self.rows = even(g.rows, (target / (self.sets * g.run)).max(1));
+            }
+            Walk::Runs if g.run >= target => {
+                (self.sets, self.rows) = (1, 1);
+                self.run = self.even_run(target);
+            }
+            Walk::Runs => {
+                self.sets = 1;
+                self.rows = even(g.rows, (target / g.run).max(1));
+            }
+        }
+    }
+
+    /// Near `target`, and whole spans or a part of one.
+    fn even_run(&self, target: usize) -> usize {
+        let span = match self.g.affine {
+            Affine::Column { span } => span,
+            Affine::Row => 1,
+        };
+        if span == self.g.run {
+            // Multiples of a cache line.
+            even(span, target).next_multiple_of(64)
+        } else if span <= target {
+            even(self.g.run / span, target / span) * span
+        } else {
+            // Parts of a span must not straddle two: an exact divisor, or the whole span.
+            let parts = span.div_ceil(target);
+            (parts..2 * parts).find(|p| span % p == 0).map_or(span, |p| span / p)
+        }
+    }
+
+    /// With more rows per tile, if a tile has sums for every column: they are worth a row or two of
+    /// traffic each. `by_column`: it has.
+    pub fn with_tall_tiles(mut self, by_column: bool) -> Cut {
+        if by_column && self.whole_sets() && self.outers < self.g.outer && self.g.rows == 1 {
+            self.outers = even(self.g.outer, self.outers.max(TALL.min(self.g.outer / MIN_TILES)));
+        }
+        self
+    }
+
+    /// The cut for a sweep that only needs each element once, of a tensor that `self` cuts inside
+    /// sets: with columns kept together over all blocks where runs are cut, so that a tile sums a
+    /// column's parameter gradient over all of them.
+    pub fn columns_first(&self) -> Cut {
+        if self.rows < self.g.rows {
+            return self.clone();
+        }
+        Cut { outers: self.g.outer, ..self.clone() }
+    }
+
+    /// Whether every set lies within one tile.
+    pub fn whole_sets(&self) -> bool {
+        self.rows >= self.g.rows && self.run >= self.g.run
+    }
+
+    fn grid(&self) -> (usize, usize) {
+        if self.g.elements() == 0 {
+            return (0, 0);
+        }
+        let g = &self.g;
+        let down = match self.rows < g.rows {
+            true => g.outer * g.rows.div_ceil(self.rows),
+            false => g.outer.div_ceil(self.outers),
+        };
+        let across = match self.run < g.run {
+            true => g.sets_per_outer() * g.run.div_ceil(self.run),
+            false => g.sets_per_outer().div_ceil(self.sets),
+        };
+        (down, across)
+    }
+
+    /// All tiles, in the order in which partial results are merged.
+    pub fn tiles(&self) -> Vec<Tile> {
+        let (down, across) = self.grid();
+        let mut tiles = Vec::with_capacity(down * across);
+        for i in 0..down {
+            let rows = part(i, self.rows, self.g.rows, self.outers, self.g.outer);
+            for j in 0..across {
+                let columns = part(j, self.run, self.g.run, self.sets, self.g.sets_per_outer());
+                tiles.push(Tile { rows: rows.clone(), columns });
+            }
+        }
+        tiles
+    }
+}
+
+/// Piece `i` of `count` units of `unit` elements: `step` elements of one unit, or `units` whole ones.
+fn part(i: usize, step: usize, unit: usize, units: usize, count: usize) -> Range<usize> {
+    if step < unit {
+        let per_unit = unit.div_ceil(step);
+        let (at, from) = (i / per_unit * unit, i % per_unit * step);
+        at + from..at + (from + step).min(unit)
+    } else {
+        i * units * unit..((i + 1) * units).min(count) * unit
+    }
+}
+
+/// The largest step up to `most` that cuts `count` into as few and as equal parts as that allows.
+fn even(count: usize, most: usize) -> usize {
+    let parts = count.div_ceil(most.max(1)).max(1);
+    count.div_ceil(parts).max(1)
+}
