@@ -149,9 +149,9 @@ fn every_norm(args: &Args) -> Result<()> {
     let every = args.epochs.div_ceil(8);
     let ticks: Vec<_> = (1..=args.epochs).step_by(every).map(|e| (e as f64, e.to_string())).collect();
     let title = "Handwritten digits, one network with each norm";
-    let axes = Axes { title, x: "epoch", y: "training loss", ticks, decimals: 1 };
+    let axes = Axes { title, x: "epoch", y: "training loss, logarithmic", ticks, log: true };
     write(args, "loss", &axes, &losses)?;
-    let axes = Axes { y: "test accuracy (%)", decimals: 0, ..axes };
+    let axes = Axes { y: "test accuracy (%)", log: false, ..axes };
     write(args, "accuracy", &axes, &accuracies)
 }
 
@@ -177,7 +177,7 @@ fn sweep(args: &Args) -> Result<()> {
     }
     let ticks = sizes.iter().enumerate().map(|(i, size)| (i as f64, size.to_string())).collect();
     let title = "Handwritten digits, error by batch size";
-    let axes = Axes { title, x: "images in a batch", y: "test error (%)", ticks, decimals: 0 };
+    let axes = Axes { title, x: "images in a batch", y: "test error (%)", ticks, log: false };
     write(args, "batch-size", &axes, &lines)
 }
 

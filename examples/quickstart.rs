@@ -55,6 +55,9 @@ fn main() -> Result<()> {
     loaded_vars.load(&path)?;
     let (before, after) = (net.forward_t(&x, false)?, loaded.forward_t(&x, false)?);
     println!("evaluation: loss {:.5}", candle_nn::loss::mse(&after, &y)?.to_scalar::<f32>()?);
-    println!("largest change by saving and loading: {}", (before - after)?.abs()?.max_all()?.to_scalar::<f32>()?);
+    println!(
+        "largest change by saving and loading: {}",
+        (before - after)?.abs()?.max_all()?.to_scalar::<f32>()?
+    );
     Ok(())
 }

@@ -4,6 +4,7 @@
 
 use anyhow::Result;
 use plotters::prelude::*;
+use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
 
 /// Okabe and Ito's colours, which colour-blind readers tell apart.
@@ -30,58 +31,63 @@ pub struct Axes<'a> {
     pub y: &'a str,
     /// Ticks of the x axis, and their labels.
     pub ticks: Vec<(f64, String)>,
-    /// Decimals of the y axis.
-    pub decimals: usize,
+    /// Whether the y axis is logarithmic.
+    pub log: bool,
 }
 
 /// Draws `lines` into an SVG file at `path`; each line's name stands at its right end.
 pub fn draw(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
-    let (xs, ys) = (bounds(lines, |p| p.0), bounds(lines, |p| p.1));
+    let height = |y: f64| if axes.log { y.log10() } else { y };
+    let (xs, ys) = (bounds(lines, |p| p.0), bounds(lines, |p| height(p.1)));
     let root = SVGBackend::new(path, (720, 440)).into_drawing_area();
     root.fill(&WHITE)?;
     let text = |size: u32, colour: &RGBColor| ("sans-serif", size).into_font().color(colour);
+    let aligned = |h, v| text(13, &INK).pos(Pos::new(h, v));
     root.draw(&Text::new(axes.title, (20, 14), text(20, &INK)))?;
     root.draw(&Text::new(axes.y, (20, 46), text(14, &INK)))?;
-    let body = root.margin(70, 14, 16, 130);
-    let mut chart = ChartBuilder::on(&body)
-        .set_label_area_size(LabelAreaPosition::Left, 48)
-        .set_label_area_size(LabelAreaPosition::Bottom, 42)
-        .build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)?;
-    let decimals = axes.decimals;
-    chart
-        .configure_mesh()
-        .disable_x_mesh()
-        .disable_x_axis()
-        .bold_line_style(GRID)
-        .light_line_style(TRANSPARENT)
-        .axis_style(TRANSPARENT)
-        .y_labels(6)
-        .y_label_formatter(&|y| format!("{y:.decimals$}"))
-        .label_style(text(13, &INK))
-        .draw()?;
-    for (line, colour) in lines.iter().zip(COLOURS) {
-        chart.draw_series(LineSeries::new(line.points.iter().copied(), colour.stroke_width(2)))?;
-        chart.draw_series(line.points.iter().map(|&p| Circle::new(p, 3, colour.filled())))?;
+    let body = root.margin(74, 56, 64, 130);
+    let mut chart = ChartBuilder::on(&body).build_cartesian_2d(xs.0..xs.1, ys.0..ys.1)?;
+    let (left, bottom) = chart.backend_coord(&(xs.0, ys.0));
+    let (right, _) = chart.backend_coord(&(xs.1, ys.0));
+
+    for (y, label) in y_ticks(ys, axes.log) {
+        let (_, py) = chart.backend_coord(&(xs.0, height(y)));
+        root.draw(&PathElement::new(vec![(left, py), (right, py)], GRID.stroke_width(1)))?;
+        root.draw(&Text::new(label, (left - 8, py), aligned(HPos::Right, VPos::Center)))?;
     }
-    let at = |x: f64, y: f64| chart.backend_coord(&(x, y));
+    root.draw(&PathElement::new(vec![(left, bottom), (right, bottom)], INK.stroke_width(1)))?;
     for (x, label) in &axes.ticks {
-        let (px, py) = at(*x, ys.0);
-        let centred = text(13, &INK).pos(plotters::style::text_anchor::Pos::new(
-            plotters::style::text_anchor::HPos::Center,
-            plotters::style::text_anchor::VPos::Top,
-        ));
-        root.draw(&PathElement::new(vec![(px, py), (px, py + 5)], INK.stroke_width(1)))?;
-        root.draw(&Text::new(label.clone(), (px, py + 9), centred))?;
+        let (px, _) = chart.backend_coord(&(*x, ys.0));
+        root.draw(&PathElement::new(vec![(px, bottom), (px, bottom + 5)], INK.stroke_width(1)))?;
+        root.draw(&Text::new(label.clone(), (px, bottom + 9), aligned(HPos::Center, VPos::Top)))?;
     }
-    let (left, bottom) = at(xs.0, ys.0);
-    root.draw(&PathElement::new(vec![(left, bottom), (at(xs.1, ys.0).0, bottom)], INK.stroke_width(1)))?;
-    let middle = (left + at(xs.1, ys.0).0) / 2;
-    root.draw(&Text::new(axes.x, (middle - 4 * axes.x.len() as i32, bottom + 32), text(14, &INK)))?;
-    for (name, colour, y) in apart(lines, |y| at(xs.1, y).1) {
-        root.draw(&Text::new(name, (at(xs.1, ys.0).0 + 12, y - 8), text(15, &colour)))?;
+    root.draw(&Text::new(axes.x, ((left + right) / 2, bottom + 30), aligned(HPos::Center, VPos::Top)))?;
+
+    for (line, colour) in lines.iter().zip(COLOURS) {
+        let points = || line.points.iter().map(|&(x, y)| (x, height(y)));
+        chart.draw_series(LineSeries::new(points(), colour.stroke_width(2)))?;
+        chart.draw_series(points().map(|point| Circle::new(point, 3, colour.filled())))?;
+    }
+    for (name, colour, py) in names(lines, |y| chart.backend_coord(&(xs.1, height(y))).1) {
+        let centred = text(15, &colour).pos(Pos::new(HPos::Left, VPos::Center));
+        root.draw(&Text::new(name, (right + 10, py), centred))?;
     }
     root.present()?;
     Ok(())
+}
+
+/// Round numbers between the bounds, at most eight, and their labels.
+fn y_ticks((low, high): (f64, f64), log: bool) -> Vec<(f64, String)> {
+    let label = |y: f64| (y, format!("{}", (y * 1e6).round() / 1e6));
+    if log {
+        let decades = low.floor() as i32..=high.ceil() as i32;
+        let all = decades.flat_map(|d| [1., 2., 5.].map(|digit| digit * 10f64.powi(d)));
+        return all.filter(|y| (low..=high).contains(&y.log10())).map(label).collect();
+    }
+    let unit = 10f64.powf((high - low).log10().floor() - 1.);
+    let fits = |step: &f64| (high - low) / step <= 8.;
+    let step = [1., 2., 5., 10., 20.].map(|digit| digit * unit).into_iter().find(fits).unwrap_or(high - low);
+    ((low / step).ceil() as i64..=(high / step).floor() as i64).map(|i| label(i as f64 * step)).collect()
 }
 
 /// Smallest and largest value, with a little room.
@@ -93,28 +99,25 @@ fn bounds(lines: &[Line], value: impl Fn(&(f64, f64)) -> f64) -> (f64, f64) {
 }
 
 /// The lines' names at the heights of their last points, moved apart where they would overlap.
-fn apart(lines: &[Line], height: impl Fn(f64) -> i32) -> Vec<(String, RGBColor, i32)> {
+fn names(lines: &[Line], height: impl Fn(f64) -> i32) -> Vec<(String, RGBColor, i32)> {
+    const APART: i32 = 17;
+    let last = |line: &Line| line.points.last().map(|point| height(point.1));
     let mut names: Vec<_> = lines
         .iter()
         .zip(COLOURS)
-        .filter_map(|(line, colour)| Some((line.name.clone(), colour, height(line.points.last()?.1))))
+        .filter_map(|(line, colour)| Some((line.name.clone(), colour, last(line)?)))
         .collect();
     names.sort_by_key(|name| name.2);
+    let lowest = names.last().map_or(0, |name| name.2);
     for i in 1..names.len() {
-        names[i].2 = names[i].2.max(names[i - 1].2 + 17);
+        names[i].2 = names[i].2.max(names[i - 1].2 + APART);
     }
-    // The lowest name may have been pushed below the axis: then the pile moves up.
-    if let (Some(last), Some(limit)) = (names.last().map(|name| name.2), lowest(lines, &height)) {
-        let over = (last - limit).max(0);
-        let mut ceiling = last - over;
-        for name in names.iter_mut().rev() {
-            name.2 = name.2.min(ceiling);
-            ceiling = name.2 - 17;
-        }
+    // The pile grew downwards: half of that is taken back.
+    let back = (names.last().map_or(0, |name| name.2) - lowest) / 2;
+    let mut ceiling = i32::MAX;
+    for name in names.iter_mut().rev() {
+        name.2 = (name.2 - back).min(ceiling);
+        ceiling = name.2 - APART;
     }
     names
-}
-
-fn lowest(lines: &[Line], height: &impl Fn(f64) -> i32) -> Option<i32> {
-    lines.iter().flat_map(|line| &line.points).map(|point| height(point.1)).max()
 }

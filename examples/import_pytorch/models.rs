@@ -90,7 +90,8 @@ impl ResNet {
 
     pub fn batch_norms_mut(&mut self) -> impl Iterator<Item = &mut BatchNorm> {
         let blocks = self.blocks.iter_mut();
-        let in_blocks = blocks.flat_map(|b| [&mut b.first, &mut b.second].into_iter().chain(&mut b.downsample));
+        let in_blocks =
+            blocks.flat_map(|b| [&mut b.first, &mut b.second].into_iter().chain(&mut b.downsample));
         std::iter::once(&mut self.stem).chain(in_blocks).flat_map(|layer| &mut layer.norm)
     }
 
