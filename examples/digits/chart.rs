@@ -108,16 +108,13 @@ fn names(lines: &[Line], height: impl Fn(f64) -> i32) -> Vec<(String, RGBColor, 
         .filter_map(|(line, colour)| Some((line.name.clone(), colour, last(line)?)))
         .collect();
     names.sort_by_key(|name| name.2);
-    let lowest = names.last().map_or(0, |name| name.2);
-    for i in 1..names.len() {
-        names[i].2 = names[i].2.max(names[i - 1].2 + APART);
-    }
-    // The pile grew downwards: half of that is taken back.
-    let back = (names.last().map_or(0, |name| name.2) - lowest) / 2;
-    let mut ceiling = i32::MAX;
-    for name in names.iter_mut().rev() {
-        name.2 = (name.2 - back).min(ceiling);
-        ceiling = name.2 - APART;
+    // Each pass moves every overlapping pair apart, half the way each.
+    for _ in 0..100 {
+        for i in 1..names.len() {
+            let overlap = (names[i - 1].2 + APART - names[i].2).max(0);
+            names[i - 1].2 -= overlap / 2;
+            names[i].2 += overlap - overlap / 2;
+        }
     }
     names
 }
