@@ -40,7 +40,9 @@ class Open:
         self.session = session(row, tensors)
         self.x = ort.OrtValue.ortvalue_from_numpy(tensors["x"])
         y, expected = self.call()[0].numpy(), tensors["out_y"].reshape(row["shape"])
-        self.error = float(np.linalg.norm(y - expected) / np.linalg.norm(expected))
+        error = np.linalg.norm(y - expected) / np.linalg.norm(expected)
+        if not error <= row["tolerance"]:
+            sys.exit(f"{row['id']}: ONNX Runtime's y is off by {error}")
 
     def call(self):
         return self.session.run_with_ort_values(["y"], {"x": self.x})
@@ -61,7 +63,7 @@ def main():
             if words[0] == "open":
                 opened = None
                 opened = Open(json.loads(words[1]), words[2])
-                answer = {"what": "y", "error": opened.error}
+                answer = {}
             elif opened is None or words[2] != "forward":
                 raise NotImplementedError("no kernel")
             else:

@@ -77,8 +77,8 @@ fn describe(row: &Row) -> Value {
         "bytes": row.bytes(),
         "eps": contenders::EPS,
         "momentum": contenders::MOMENTUM,
-        // Both sides round once.
-        "tolerance": row.tolerance(2.0),
+        // candle-norm rounds once.
+        "tolerance": row.tolerance(1.0),
     })
 }
 
