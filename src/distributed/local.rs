@@ -3,10 +3,10 @@
 //! It needs no feature and no launcher: tests, examples, and several GPUs driven from one process. The
 //! ranks meet under one lock; the last to arrive computes the result, in rank order, for all of them.
 
-use super::{check_root, describe, disagreement, error, Kind, ProcessGroup};
+use super::{check_root, describe, disagreement, error, lock, Kind, ProcessGroup};
 use candle_core::{Device, Result, Tensor};
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard};
+use std::sync::{Arc, Condvar, Mutex};
 use std::time::{Duration, Instant};
 
 /// One rank of a group of threads.
@@ -237,11 +237,6 @@ fn combine(brought: &[Contribution]) -> Outcome {
         }
     };
     compute().map_err(|e| e.to_string())
-}
-
-/// A rank that panicked inside the lock left the state whole: every change is one assignment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 impl ProcessGroup for LocalGroup {

@@ -1,10 +1,11 @@
-//! Several processes, threads or GPUs training one model: the collectives they need, on three engines.
+//! Several processes, threads or GPUs training one model: the collectives they need, on four engines.
 //!
 //! Apart, because the norms need two operations of a group of ranks and must not care who carries them:
 //!
 //! | engine | feature | ranks are | device tensors |
 //! |---|---|---|---|
 //! | [`LocalGroup`] | none | threads of this process | go through host memory |
+//! | [`TcpGroup`] | none | a few processes, started by `torchrun` or by hand | go through host memory |
 #![cfg_attr(
     feature = "mpi",
     doc = "| [`MpiGroup`] | `mpi` | processes started by `mpirun` | go through host memory |"
@@ -18,18 +19,21 @@
 //! ranks compare that before they use what they received: a rank whose call differs from the others'
 //! (another tensor, another dtype, another layer) makes the call fail on all of them.
 
+mod bytes;
 mod gradients;
 mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
+mod tcp;
 
 pub use gradients::{all_reduce_gradients, broadcast_vars, Parameters};
 pub use local::LocalGroup;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiGroup;
+pub use tcp::TcpGroup;
 
 use candle_core::{bail, Error, Result, Tensor};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard};
 
 /// One rank's handle to a group of ranks that exchange tensors.
 ///
@@ -132,4 +136,9 @@ pub(crate) fn error(message: impl Into<String>) -> Error {
 /// FNV-1a: unlike the standard library's hashers the same in every process.
 pub(crate) fn digest(bytes: &[u8]) -> u64 {
     bytes.iter().fold(0xcbf29ce484222325, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(0x100000001b3))
+}
+
+/// Locks what a rank that panicked may have held: every change under these locks leaves them whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }

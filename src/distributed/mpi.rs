@@ -8,14 +8,14 @@
 //! all see it, since their frames have one size whatever they hold. Larger payloads follow in a second.
 #![allow(unsafe_code)]
 
-use super::{check_root, describe, digest, disagreement, error, Kind, ProcessGroup};
-use candle_core::{bail, CpuStorage, DType, Device, Result, Storage, Tensor};
-use half::{bf16, f16};
+use super::bytes::{combine, from_bytes, result_dims, to_bytes};
+use super::{check_root, describe, digest, disagreement, error, lock, Kind, ProcessGroup};
+use candle_core::{bail, DType, Device, Result, Tensor};
 use mpi::environment::{self, Universe};
 use mpi::ffi;
 use mpi::Threading;
-use std::ffi::{c_int, c_void};
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::ffi::c_int;
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 /// The ranks of an MPI job.
@@ -93,7 +93,7 @@ impl MpiGroup {
     fn exchange(&self, kind: Kind, what: &str, tensor: &Tensor) -> Result<Tensor> {
         let words = describe(kind, what, tensor);
         let host = tensor.detach().to_device(&Device::Cpu)?.flatten_all()?.contiguous()?;
-        let payload = host_bytes(&host)?;
+        let payload = to_bytes(&host)?;
         let mut link = lock(&self.link);
         if let Some(broken) = &link.broken {
             return Err(error(broken.clone()));
@@ -110,26 +110,16 @@ impl MpiGroup {
         }
         let (dtype, n) = (host.dtype(), host.elem_count());
         let result = if payload.len() <= Frame::ROOM {
-            let mut inline = frames.iter().map(|frame| &frame[Frame::PAYLOAD][..payload.len()]);
-            match kind {
-                Kind::Gather => {
-                    from_bytes(&inline.collect::<Vec<_>>().concat(), dtype, &[self.world_size, n])
-                }
-                Kind::Sum => add_in_rank_order(inline, dtype, n),
-                Kind::Broadcast(root) => from_bytes(inline.nth(root).unwrap_or(&[]), dtype, &[n]),
-            }
+            let inline = frames.iter().map(|frame| &frame[Frame::PAYLOAD][..payload.len()]);
+            combine(kind, inline, dtype, n)
         } else {
             match kind {
-                Kind::Gather => from_bytes(&self.gather(&mut link, &payload)?, dtype, &[self.world_size, n]),
+                Kind::Gather => combine(kind, std::iter::once(&*self.gather(&mut link, &payload)?), dtype, n),
                 Kind::Sum => self.sum(&mut link, payload, dtype, n),
                 Kind::Broadcast(root) => from_bytes(&self.send(&mut link, payload, root)?, dtype, &[n]),
             }
         }?;
-        let mut dims = tensor.dims().to_vec();
-        if kind == Kind::Gather {
-            dims.insert(0, self.world_size);
-        }
-        result.reshape(dims)?.to_device(tensor.device())
+        result.reshape(result_dims(kind, tensor, self.world_size))?.to_device(tensor.device())
     }
 
     /// The bytes of all ranks one after the other; each brings equally many.
@@ -179,7 +169,7 @@ impl MpiGroup {
                 // MPI has no numbers of these kinds; gathered, candle adds them.
                 _ => {
                     let all = self.gather(link, &payload)?;
-                    return add_in_rank_order(all.chunks_exact(payload.len()), dtype, n);
+                    return combine(Kind::Sum, all.chunks_exact(payload.len()), dtype, n);
                 }
             }
         };
@@ -310,44 +300,6 @@ fn check(call: &str, code: c_int) -> Result<()> {
     unsafe { ffi::MPI_Error_string(code, words.as_mut_ptr(), &mut length) };
     let words: Vec<u8> = words.iter().take(length.max(0) as usize).map(|c| *c as u8).collect();
     bail!("mpi: {call} failed: {}", String::from_utf8_lossy(&words))
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
-}
-
-fn add_in_rank_order<'a>(parts: impl Iterator<Item = &'a [u8]>, dtype: DType, n: usize) -> Result<Tensor> {
-    let mut tensors = parts.map(|part| from_bytes(part, dtype, &[n]));
-    let Some(first) = tensors.next() else { bail!("mpi: no ranks") };
-    tensors.try_fold(first?, |sum, tensor| sum + tensor?)
-}
-
-/// The bytes of a contiguous tensor in host memory.
-fn host_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
-    fn bytes<T: Copy>(values: &[T], start: usize, n: usize) -> Vec<u8> {
-        let values = &values[start..start + n];
-        // SAFETY: `values` is initialized memory of `size_of_val` bytes; T is one of the number types
-        // below, which have no padding.
-        unsafe { std::slice::from_raw_parts(values.as_ptr().cast::<u8>(), std::mem::size_of_val(values)) }
-            .to_vec()
-    }
-    let (storage, layout) = tensor.storage_and_layout();
-    let (start, n) = (layout.start_offset(), tensor.elem_count());
-    let Storage::Cpu(storage) = &*storage else { bail!("mpi: expected a tensor in host memory") };
-    Ok(match storage {
-        CpuStorage::F64(v) => bytes::<f64>(v, start, n),
-        CpuStorage::F32(v) => bytes::<f32>(v, start, n),
-        CpuStorage::F16(v) => bytes::<f16>(v, start, n),
-        CpuStorage::BF16(v) => bytes::<bf16>(v, start, n),
-        CpuStorage::I64(v) => bytes::<i64>(v, start, n),
-        CpuStorage::U32(v) => bytes::<u32>(v, start, n),
-        CpuStorage::U8(v) => bytes::<u8>(v, start, n),
-        _ => bail!("mpi: no messages of dtype {:?}", tensor.dtype()),
-    })
-}
-
-fn from_bytes(bytes: &[u8], dtype: DType, dims: &[usize]) -> Result<Tensor> {
-    Tensor::from_raw_buffer(bytes, dtype, dims, &Device::Cpu)
 }
 
 impl ProcessGroup for MpiGroup {

@@ -5,6 +5,7 @@
 mod cases;
 mod conversion;
 mod support;
+mod tcp;
 mod training;
 
 use candle_core::{DType, Device, Result, Tensor};

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The distributed tests over MPI, with as many ranks as each argument says: ci/mpi.sh 2 4
+# Needs Open MPI or MPICH with its headers, and libclang (Debian: libopenmpi-dev openmpi-bin libclang-dev).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# More ranks than cores, and root, which containers run as: Open MPI 4, then 5. MPICH ignores them.
+export OMPI_MCA_rmaps_base_oversubscribe=1 OMPI_MCA_hwloc_base_binding_policy=none
+export PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe PRTE_MCA_hwloc_default_binding_policy=none
+export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
+# Every rank its own process on shared cores: one thread each.
+export RAYON_NUM_THREADS=1
+
+test=$(cargo test --features mpi --test mpi --no-run --message-format=json |
+    sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
+for ranks in ${*:-2 4}; do
+    mpirun -n "$ranks" "$test"
+done
+
+# This job cannot end in order, so what it prints decides.
+absent=$(mpirun -n 2 "$test" absent 2>&1 || true)
+grep -q 'rank 0: the absent rank was noticed' <<<"$absent" || { echo "$absent"; exit 1; }
+echo "mpi: an absent rank is noticed"
