@@ -280,6 +280,7 @@ fn running(case: &Case, args: &Arguments, sets: &[Set]) -> (Vec<Approx>, Vec<App
     let unbiased = |set: &Set| set.var * set.len as f64 / (set.len as f64 - 1.0);
     (
         moved(mean, &|set| (set.mean + set.low, set.shift + set.mean.abs())),
-        moved(var, &|set| (unbiased(set), unbiased(set) * set.spread)),
+        // A mean off by e adds e^2 to the variance.
+        moved(var, &|set| (unbiased(set), unbiased(set) * set.spread + u * set.shift * set.shift)),
     )
 }
