@@ -1,6 +1,8 @@
 //! How a tensor is cut into tiles: by its shape and element size alone.
 //!
-//! Never by the number of threads: the cut decides the order of every sum, and so its last bits.
+//! Never by the number of threads: the cut decides the order of every sum, and so its last bits. Whether and
+//! where a set itself is cut is decided by the set alone, never by how many there are: the result of a row does
+//! not change with the rows beside it.
 //! A tile is a rectangle of the tensor seen as a matrix of `outer * rows` rows and `width` columns.
 
 use crate::geometry::{Affine, Geometry};
@@ -9,7 +11,7 @@ use std::ops::Range;
 /// Bytes of input in a tile: enough for a thread to forget the cost of fetching work, few enough for
 /// the second-level cache to hold what is read twice, and written.
 const TILE_BYTES: usize = 256 << 10;
-/// Sets above this are statistically summed in one sweep and normalized in another.
+/// Sets above this are summed in one sweep and normalized in another.
 const WHOLE_SET_BYTES: usize = 512 << 10;
 /// Below this, all is done in one tile, on the calling thread: handing work over costs microseconds.
 const SERIAL_BYTES: usize = 64 << 10;
@@ -71,6 +73,35 @@ impl Tile {
     }
 }
 
+/// The fewest columns that a tile of whole sets has.
+struct Band {
+    columns: usize,
+    /// Of them side by side in a block; at most one where that would depend on the sets beside.
+    bands: usize,
+}
+
+impl Band {
+    fn of(g: &Geometry) -> Band {
+        let (side_by_side, width) = (SIDE_BY_SIDE / g.run.max(1) * g.run, g.width);
+        match Walk::of(g) {
+            Walk::Runs => Band { columns: g.run, bands: g.sets_per_outer() },
+            // The width is other dimensions' (perhaps the batch), so it decides nothing.
+            Walk::Columns if g.affine == Affine::Row => Band { columns: side_by_side, bands: 1 },
+            Walk::Columns => {
+                let columns = side_by_side.max(g.run).min(width);
+                Band { columns, bands: width.checked_div(columns).unwrap_or(0) }
+            }
+        }
+    }
+
+    /// Whether sets stay whole: small ones, and larger ones where a block has enough to share out.
+    fn whole(&self, g: &Geometry, bytes: usize) -> bool {
+        let size = g.rows * self.columns * bytes;
+        let many = self.bands >= MIN_TILES / 2 || g.affine == Affine::Row;
+        size < TILE_BYTES || size <= WHOLE_SET_BYTES && many
+    }
+}
+
 /// A grid of tiles over a tensor: `outers == 1` or rows are whole, `sets == 1` or runs are whole.
 #[derive(Debug, Clone)]
 pub(super) struct Cut {
@@ -89,6 +120,14 @@ impl Cut {
     /// The cut for an op that visits each set twice. `bytes`: of all that is read per element.
     pub fn new(g: &Geometry, bytes: usize) -> Cut {
         let mut cut = Cut { g: *g, outers: g.outer, rows: g.rows, sets: g.sets_per_outer(), run: g.run };
+        let band = Band::of(g);
+        if !band.whole(g, bytes) {
+            cut.outers = 1;
+            cut.split(
+                (g.rows * band.columns * bytes / MIN_TILES).clamp(SERIAL_BYTES / 4, TILE_BYTES) / bytes,
+            );
+            return cut;
+        }
         let total = g.elements() * bytes;
         if total <= SERIAL_BYTES {
             return cut;
@@ -100,16 +139,7 @@ impl Cut {
             return cut;
         }
         cut.outers = 1;
-        let narrowest = match Walk::of(g) {
-            Walk::Runs => g.run,
-            Walk::Columns => g.run.max(SIDE_BY_SIDE / g.run * g.run).min(g.width),
-        };
-        let bands = g.outer * g.width.div_ceil(narrowest);
-        if g.rows * narrowest * bytes <= WHOLE_SET_BYTES && bands >= MIN_TILES / 2 {
-            cut.sets = even(cut.sets, (target / g.rows).max(narrowest) / g.run);
-            return cut;
-        }
-        cut.split(target);
+        cut.sets = even(cut.sets, (target / g.rows).max(band.columns) / g.run);
         cut
     }
 
@@ -142,9 +172,11 @@ impl Cut {
         match Walk::of(&g) {
             Walk::Columns => {
                 // Enough rows to repay the merging of a column's pieces.
-                let columns = (target / 256).clamp(SIDE_BY_SIDE, g.width.max(SIDE_BY_SIDE));
-                self.sets = even(self.sets, (columns / g.run).max(1));
-                self.rows = even(g.rows, (target / (self.sets * g.run)).max(1));
+                let columns = (target / 256).max(SIDE_BY_SIDE) / g.run * g.run;
+                self.sets = even(self.sets, columns / g.run);
+                // Columns that are sets of their own may be few or many: the rows do not follow them.
+                let columns = if g.affine == Affine::Row { columns } else { self.sets * g.run };
+                self.rows = even(g.rows, (target / columns).max(1));
             }
             Walk::Runs if g.run >= target => {
                 (self.sets, self.rows) = (1, 1);

@@ -29,7 +29,7 @@ impl<T: Element> Kernel for Partial<'_, T> {
     fn run<const W: usize, const FMA: bool>(mut self) {
         let mut buffers = (T::buffer(), T::buffer());
         let (input, mut out) = (&self.input, self.sums.iter_mut());
-        for sheet in sheets(input.g, input.tile, input.params.form != Form::Rows) {
+        for sheet in sheets(input.g, input.tile) {
             let columns = ColumnSums::of::<T, FMA>(input, &sheet, &mut buffers);
             for ((set, c), out) in sheet.sets(input.g).zip(&mut out) {
                 *out = columns.merged(input, &sheet, set, c, &mut self.slots);
@@ -53,7 +53,7 @@ impl<T: Element> Kernel for Backward<'_, T> {
     fn run<const W: usize, const FMA: bool>(mut self) {
         let mut buffers = (T::buffer(), T::buffer());
         let rows = self.input.params.form == Form::Rows;
-        for sheet in sheets(self.input.g, self.input.tile, !rows) {
+        for sheet in sheets(self.input.g, self.input.tile) {
             let line = self.line::<FMA>(&sheet, &mut buffers);
             if rows {
                 self.row_sums::<W, FMA>(&sheet, &line, &mut buffers);

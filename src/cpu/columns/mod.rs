@@ -12,7 +12,7 @@ use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
 use crate::cpu::runs::pivot;
 use crate::cpu::tile::Tile;
-use crate::geometry::Geometry;
+use crate::geometry::{Affine, Geometry};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
@@ -37,18 +37,17 @@ pub(in crate::cpu) struct Sheet {
     pub column: usize,
 }
 
-/// The sheets of a tile, one per block it touches. `fold`: rows may share a sheet's row.
+/// The sheets of a tile, one per block it touches.
+///
+/// Rows share a sheet's row where all of a row's columns are in the tile. Not where a row has a parameter,
+/// nor its columns sets of their own: a set's sums must not depend on the sets beside it.
 #[inline(always)]
-pub(in crate::cpu) fn sheets<'a>(
-    g: &'a Geometry,
-    tile: &'a Tile,
-    fold: bool,
-) -> impl Iterator<Item = Sheet> + 'a {
+pub(in crate::cpu) fn sheets<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item = Sheet> + 'a {
     let blocks = tile.rows.start / g.rows..tile.rows.end.div_ceil(g.rows);
     blocks.map(move |block| {
         let rows = tile.rows.start.max(block * g.rows)..tile.rows.end.min((block + 1) * g.rows);
         let unfolded = tile.columns.len();
-        let k = match fold && unfolded == g.width {
+        let k = match g.affine != Affine::Row && unfolded == g.width {
             // Eight rows at least, else merging the columns would cost more than walking them.
             true => (FOLDED / unfolded).min(rows.len() / 8).max(1),
             false => 1,
@@ -223,7 +222,7 @@ impl<T: Element> Kernel for Partial<'_, T> {
     fn run<const W: usize, const FMA: bool>(self) {
         let mut buffer = T::buffer();
         let mut out = self.out.iter_mut();
-        for sheet in sheets(self.g, self.tile, true) {
+        for sheet in sheets(self.g, self.tile) {
             let moments = ColumnMoments::of::<T, W, FMA>(self.g, self.x, &sheet, &mut buffer);
             for ((_, columns), out) in sheet.sets(self.g).zip(&mut out) {
                 *out = moments.merged(&sheet, columns);
@@ -250,7 +249,7 @@ impl<T: Element> Kernel for Forward<'_, T> {
     fn run<const W: usize, const FMA: bool>(mut self) {
         let mut buffer = T::buffer();
         let (g, mut done) = (self.g, 0);
-        for sheet in sheets(g, self.tile, self.params.form != Form::Rows) {
+        for sheet in sheets(g, self.tile) {
             let moments = match &self.stats {
                 Source::Given(_) => None,
                 Source::Tile(_) => Some(ColumnMoments::of::<T, W, FMA>(g, self.x, &sheet, &mut buffer)),
