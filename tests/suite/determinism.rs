@@ -143,6 +143,30 @@ fn a_sample_is_independent_of_the_batch() -> Result<()> {
     Ok(())
 }
 
+/// The same for sets large enough to be divided among threads, where one sample is alone in the batch.
+#[test]
+fn a_large_sample_is_independent_of_the_batch() -> Result<()> {
+    let n = 18;
+    for case in [
+        Case::new(Norm::Layer { normalized: 1 }, &[n, sized(40_000, 5_000)]),
+        Case::new(Norm::Rms { normalized: 1 }, &[n, sized(40_000, 5_000)]),
+        Case::new(Norm::Group { groups: 2 }, &[n, 32, sized(1_200, 120)]),
+        Case::new(Norm::Instance { use_input_stats: true }, &[n, 3, sized(13_000, 1_000)]),
+        Case::new(Norm::Batch { training: false }, &[n, 3, sized(13_000, 1_000)]),
+    ] {
+        for dtype in [DType::F32, DType::BF16] {
+            for last in [false, true] {
+                let mut case = Case { dtype, ..case.clone() };
+                if last && case.dims.len() == 3 {
+                    case.layout.order = vec![0, 2, 1];
+                }
+                parts_equal_the_whole(&case, &[(0, 1), (3, 2), (1, 9)])?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// The same where the samples are neighbours in memory, as in the transpose of a matrix.
 #[test]
 fn a_sample_is_independent_of_the_batch_innermost_in_memory() -> Result<()> {
