@@ -1,4 +1,49 @@
 //! Normalization layers for candle that train, are exact and run at the speed of memory.
+//!
+//! Every norm cuts its input into sets of elements and normalizes each set:
+//!
+//! ```text
+//! y = (x - mean) / sqrt(var + eps) * weight + bias
+//! ```
+//!
+//! | layer | a set of `[N, C, spatial..]` is | function |
+//! |---|---|---|
+//! | [`BatchNorm`], [`SyncBatchNorm`] | a channel, over the batch (of all ranks) | [`functional::batch_norm`] |
+//! | [`InstanceNorm`] | a channel of one sample | [`functional::instance_norm`] |
+//! | [`GroupNorm`] | some channels of one sample | [`functional::group_norm`] |
+//! | [`LayerNorm`] | the last dimensions | [`functional::layer_norm`] |
+//! | [`RmsNorm`] | the last dimensions; the mean stays | [`functional::rms_norm`] |
+//!
+//! A model holds layers; they are made by candle-nn's functions of the same name ([`layer_norm()`]) or
+//! with PyTorch's arguments ([`LayerNorm::with_options`]). The [`functional`] forms hold nothing. [`ops`]
+//! has candle-nn's names of functions. [`FoldBatchNorm`] folds a batch norm into the layer before it.
+//!
+//! ```
+//! use candle_core::{DType, Device, Tensor};
+//! use candle_nn::{VarBuilder, VarMap};
+//! use candle_norm::{batch_norm, layer_norm, Module, ModuleT};
+//! # fn main() -> candle_core::Result<()> {
+//! let vars = VarMap::new();
+//! let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+//! let bn = batch_norm(3, 1e-5, vb.pp("bn"))?;
+//! let ln = layer_norm(8, 1e-5, vb.pp("ln"))?;
+//!
+//! let x = Tensor::randn(0f32, 1., (4, 3, 8, 8), &Device::Cpu)?;
+//! let y = ln.forward(&bn.forward_t(&x, true)?)?;
+//! let gradients = y.sqr()?.sum_all()?.backward()?;
+//! assert!(gradients.get(bn.weight().unwrap()).is_some());
+//! assert!(gradients.get(ln.weight()).is_some());
+//! # Ok(()) }
+//! ```
+//!
+//! # Features
+//!
+//! None is on by default, and without any the crate needs nothing but Rust.
+//!
+//! * `cuda`: fused kernels for CUDA devices. Needs nvcc when it is built.
+//! * `mpi`: [`SyncBatchNorm`] over processes that `mpirun` started.
+//! * `nccl`: [`SyncBatchNorm`] over GPUs; implies `cuda`.
+//! * `cuda-emulation`: for tests. CPU tensors run through the CUDA kernels, compiled for the host.
 #![deny(unsafe_code, missing_docs)]
 
 mod autograd;
@@ -33,4 +78,13 @@ pub use candle_nn::{Module, ModuleT};
 #[doc(hidden)]
 pub mod __bench {
     pub use crate::autograd::alone::{Alone, Kind};
+}
+
+/// The Rust of README.md and of docs/switching.md compiles and runs with the documentation's examples.
+#[cfg(doctest)]
+mod pages {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../docs/switching.md")]
+    struct Switching;
 }
