@@ -88,20 +88,22 @@ impl<T: Element> Input<'_, T> {
         let mut sums = Sums::default();
         let Form::Spans(span) = self.params.form else {
             let weight = self.params.weight.as_deref();
-            self.panels(part, buffers, |c, panels| {
+            for (rows, c) in part.panels() {
                 let weight = weight.map(|w| &w[c.clone()]);
+                let panels = self.panels(rows, c, buffers);
                 sums.add(weighted::<T::Acc, W, FMA>(panels, weight, stat.high), 1.0);
-            });
+            }
             return sums;
         };
         let rstd = stat.rstd(self.eps);
         let first = self.tile.columns.start / span;
-        part.spans(span, |p, columns| {
+        for (p, columns) in part.spans(span) {
             let piece = Part { columns, ..part.clone() };
             let mut own = Sums::default();
-            self.panels(&piece, buffers, |_, panels| {
+            for (rows, c) in piece.panels() {
+                let panels = self.panels(rows, c, buffers);
                 own.add(weighted::<T::Acc, W, FMA>(panels, None, stat.high), 1.0);
-            });
+            }
             let weight = self.params.weight(p).to64();
             sums.g += own.g * weight;
             sums.gx += own.gx * weight;
@@ -109,26 +111,23 @@ impl<T: Element> Input<'_, T> {
                 slots.weight[p - first] += T::Acc::from64(own.dot(stat, rstd));
                 slots.bias[p - first] += T::Acc::from64(own.g);
             }
-        });
+        }
         sums
     }
 
-    /// x and dy in panels, with the columns they are of.
+    /// x and dy of a panel.
     #[inline(always)]
-    fn panels(
-        &self,
-        part: &Part,
-        buffers: &mut Buffers<T>,
-        mut f: impl FnMut(Range<usize>, [Panel<T::Acc>; 2]),
-    ) {
+    fn panels<'b>(
+        &'b self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        buffers: &'b mut Buffers<T>,
+    ) -> [Panel<'b, T::Acc>; 2] {
         let width = self.g.width;
-        part.panels(|rows, columns| {
-            let at = rows.start * width + columns.start;
-            let (r, len) = (rows.len(), columns.len());
-            let x = T::panel(&self.x[at..], width, r, len, &mut buffers.0);
-            let dy = T::panel(&self.dy[at..], width, r, len, &mut buffers.1);
-            f(columns, [x, dy]);
-        });
+        let at = rows.start * width + columns.start;
+        let x = T::panel(&self.x[at..], width, rows.len(), columns.len(), &mut buffers.0);
+        let dy = T::panel(&self.dy[at..], width, rows.len(), columns.len(), &mut buffers.1);
+        [x, dy]
     }
 }
 
@@ -194,11 +193,11 @@ impl<T: Element> Backward<'_, T> {
             let s = self.slope::<W, FMA>(&part, buffers);
             let Some(dx) = &mut self.dx else { continue };
             for row in part.rows.clone() {
-                part.spans(span, |p, c| {
+                for (p, c) in part.spans(span) {
                     let at = row * g.width + c.start..row * g.width + c.end;
                     let to = dx.row(row, c);
                     constant_weight::<T, FMA>(&x[at.clone()], &dy[at], s, s.rstd * params.weight(p), to);
-                });
+                }
             }
         }
     }

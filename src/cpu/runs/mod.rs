@@ -42,27 +42,31 @@ pub(in crate::cpu) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterato
 }
 
 impl Part {
-    /// Panels of at most `PANEL` elements: `f` gets each one's rows and columns.
+    /// Panels of at most `PANEL` elements: each one's rows and columns.
+    ///
+    /// An iterator, as `spans` is, and not a function that takes a closure: a closure is not
+    /// `#[inline(always)]`, and one that stays a function is compiled for the baseline alone.
     #[inline(always)]
-    pub fn panels(&self, mut f: impl FnMut(Range<usize>, Range<usize>)) {
-        let len = self.columns.len();
+    pub fn panels(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let (all_rows, all_columns) = (self.rows.clone(), self.columns.clone());
+        let len = all_columns.len();
         let (down, across) = ((PANEL / len).max(1), len.min(PANEL));
-        for r in self.rows.clone().step_by(down) {
-            for c in self.columns.clone().step_by(across) {
-                f(r..(r + down).min(self.rows.end), c..(c + across).min(self.columns.end));
-            }
-        }
+        all_rows.clone().step_by(down).flat_map(move |r| {
+            let rows = r..(r + down).min(all_rows.end);
+            let end = all_columns.end;
+            all_columns.clone().step_by(across).map(move |c| (rows.clone(), c..(c + across).min(end)))
+        })
     }
 
-    /// Pieces of a row in which the parameter is the same.
+    /// Pieces of a row in which the parameter is the same: the parameter, and the columns.
     #[inline(always)]
-    pub fn spans(&self, span: usize, mut f: impl FnMut(usize, Range<usize>)) {
-        let mut at = self.columns.start;
-        while at < self.columns.end {
-            let end = ((at / span + 1) * span).min(self.columns.end);
-            f(at / span, at..end);
-            at = end;
-        }
+    pub fn spans(&self, span: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let Range { start: mut at, end: last } = self.columns;
+        std::iter::from_fn(move || {
+            let (p, from) = (at / span, at);
+            at = ((p + 1) * span).min(last);
+            (from < last).then_some((p, from..at))
+        })
     }
 }
 
@@ -86,7 +90,7 @@ pub(in crate::cpu) fn moments<T: Element, const W: usize, const FMA: bool>(
 ) -> Moments {
     let pivot = pivot(g, x, part.set);
     let mut moments = Moments::default();
-    part.panels(|rows, columns| {
+    for (rows, columns) in part.panels() {
         let n = rows.len() * columns.len();
         let from = &x[rows.start * g.width + columns.start..];
         let panel = T::panel(from, g.width, rows.len(), columns.len(), buffer).flat();
@@ -106,7 +110,7 @@ pub(in crate::cpu) fn moments<T: Element, const W: usize, const FMA: bool>(
             });
         }
         moments.merge(Moments { n: n as f64, offset: offset.to64(), m2: squares.total()[0].to64() });
-    });
+    }
     moments
 }
 
@@ -176,12 +180,14 @@ impl<T: Element> Forward<'_, T> {
                     let y = out.row(row, c.clone());
                     by_column::<T, FMA>(&x[c.clone()], y, &weight[c], bias, [high, rstd, shift]);
                 }
-                (Form::Spans(span), _, _) => part.spans(span, |p, c| {
-                    let weight = params.weight(p);
-                    let bias = fma::<_, FMA>(shift, weight, params.bias(p));
-                    let y = out.row(row, c.clone());
-                    by_constant::<T, FMA>(&x[c], y, [high, rstd * weight, bias]);
-                }),
+                (Form::Spans(span), _, _) => {
+                    for (p, c) in part.spans(span) {
+                        let weight = params.weight(p);
+                        let bias = fma::<_, FMA>(shift, weight, params.bias(p));
+                        let y = out.row(row, c.clone());
+                        by_constant::<T, FMA>(&x[c], y, [high, rstd * weight, bias]);
+                    }
+                }
                 // `Params::new` gives columns a weight, and rows are not walked by runs.
                 _ => unreachable!(),
             }
