@@ -5,9 +5,15 @@ fn main() -> anyhow::Result<()> {
     println!("cargo:rerun-if-changed=build");
     #[cfg(feature = "cuda")]
     cuda::compile()?;
+    #[cfg(feature = "cuda-emulation")]
+    emulation::compile()?;
     Ok(())
 }
 
 #[cfg(feature = "cuda")]
 #[path = "build/cuda.rs"]
 mod cuda;
+
+#[cfg(feature = "cuda-emulation")]
+#[path = "build/emulation.rs"]
+mod emulation;

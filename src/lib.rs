@@ -48,6 +48,8 @@
 
 mod autograd;
 mod call;
+// With the emulation, CPU tensors run through the CUDA kernels instead.
+#[cfg_attr(feature = "cuda-emulation", allow(dead_code))]
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 mod cuda;

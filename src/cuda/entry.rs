@@ -146,6 +146,13 @@ impl Entry {
 
     /// The kernel for x of `element`; combine kernels exist once for every accumulation dtype.
     pub fn new(kernel: Kernel, element: Element, vector: bool) -> Option<Self> {
+        use Kernel::*;
+        let element = match kernel {
+            CombineMoments | CombineSums | ReduceParams | MoveRunning if element != Element::F64 => {
+                Element::F32
+            }
+            _ => element,
+        };
         let fits = |row: &Row| row.kernel == kernel && row.element == element && row.vector == vector;
         TABLE.iter().position(fits).map(|at| Entry(at as u16))
     }

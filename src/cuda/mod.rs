@@ -9,3 +9,237 @@ mod launch;
 mod machine;
 mod params;
 mod plan;
+
+use crate::call::{accumulation_dtype, Arg, Backward, Forward, Gradients, Norm};
+use candle_core::{DType, Result};
+use entry::Element;
+use machine::{Machine, RunningAddresses};
+use params::Params;
+use plan::{BackwardNeeds, ForwardNeeds, Plan, Request};
+
+/// Defines the ops of a machine's storage: what `crate::cpu` has for the CPU's.
+macro_rules! ops {
+    ($storage:ty, |$of:ident| $machine:expr) => {
+        pub(crate) fn forward(call: Forward<'_, $storage>) -> Result<($storage, Option<$storage>)> {
+            let $of = call.x.storage;
+            $crate::cuda::run_forward(&$machine, call)
+        }
+
+        pub(crate) fn backward(call: Backward<'_, $storage>) -> Result<Gradients<$storage>> {
+            let $of = call.x.storage;
+            $crate::cuda::run_backward(&$machine, call)
+        }
+
+        #[allow(dead_code)] // synchronized batch norm's
+        pub(crate) fn statistics(norm: Norm, x: Arg<'_, $storage>) -> Result<$storage> {
+            let $of = x.storage;
+            $crate::cuda::run_statistics(&$machine, norm, x)
+        }
+
+        #[allow(dead_code)] // synchronized batch norm's
+        pub(crate) fn gradient_sums(call: Backward<'_, $storage>) -> Result<$storage> {
+            let $of = call.x.storage;
+            $crate::cuda::run_gradient_sums(&$machine, call)
+        }
+
+        #[allow(dead_code)] // synchronized batch norm's
+        pub(crate) fn input_gradient(
+            call: Backward<'_, $storage>,
+            sums: Arg<'_, $storage>,
+            count: f64,
+        ) -> Result<$storage> {
+            let $of = call.x.storage;
+            $crate::cuda::run_input_gradient(&$machine, call, sums, count)
+        }
+    };
+}
+
+use ops;
+
+#[cfg(feature = "cuda-emulation")]
+pub(crate) mod emulation;
+
+#[cfg(feature = "cuda")]
+mod device {
+    use super::launch;
+    use crate::call::{Arg, Backward, Forward, Gradients, Norm};
+    use candle_core::Result;
+
+    ops!(candle_core::CudaStorage, |x| launch::machine(&x.device)?);
+}
+#[cfg(feature = "cuda")]
+#[allow(unused_imports)] // the steps of batch norm are synchronized batch norm's
+pub(crate) use device::{backward, forward, gradient_sums, input_gradient, statistics};
+
+fn code(op: &str, dtype: DType) -> Result<u32> {
+    Ok(Element::new(op, dtype)?.code())
+}
+
+/// Addresses of a call's arguments, as far as they are known before anything is allocated.
+struct Bound {
+    at: Params,
+    element: Element,
+}
+
+impl Bound {
+    fn new<M: Machine>(machine: &M, norm: &Norm, x: &Arg<M::Storage>) -> Result<Self> {
+        let element = Element::new(norm.name, machine.dtype(x.storage))?;
+        Ok(Self { at: Params { x: machine.address(x)?, ..Params::default() }, element })
+    }
+
+    fn weight<M: Machine>(&mut self, machine: &M, op: &str, arg: Option<&Arg<M::Storage>>) -> Result<()> {
+        if let Some(arg) = arg {
+            self.at.weight = machine.address(arg)?;
+            self.at.weight_dtype = code(op, machine.dtype(arg.storage))?;
+        }
+        Ok(())
+    }
+
+    fn bias<M: Machine>(&mut self, machine: &M, op: &str, arg: Option<&Arg<M::Storage>>) -> Result<()> {
+        if let Some(arg) = arg {
+            self.at.bias = machine.address(arg)?;
+            self.at.bias_dtype = code(op, machine.dtype(arg.storage))?;
+        }
+        Ok(())
+    }
+
+    fn request(&self, norm: &Norm) -> Request {
+        let at = &self.at;
+        let aligned = |addresses: &[u64]| addresses.iter().all(|address| address % 16 == 0);
+        Request {
+            name: norm.name,
+            geometry: norm.geometry,
+            element: self.element,
+            eps: norm.eps,
+            aligned: aligned(&[at.x, at.dy, at.out]),
+            params_aligned: aligned(&[at.weight, at.bias]),
+            weight: at.weight != 0,
+            bias: at.bias != 0,
+        }
+    }
+}
+
+/// Runs the launches of a plan, with scratch memory if it needs some.
+fn run<M: Machine>(machine: &M, plan: &Plan, at: &Params) -> Result<()> {
+    let mut scratch = match plan.workspace {
+        0 => None,
+        bytes => Some(machine.allocate(DType::U8, bytes)?),
+    };
+    let workspace = scratch.as_mut().map_or(Ok(0), |scratch| machine.address_mut(scratch))?;
+    let params = plan.bind(at, workspace);
+    plan.launches.iter().try_for_each(|launch| machine.launch(launch, &params))
+}
+
+fn run_forward<M: Machine>(
+    machine: &M,
+    call: Forward<M::Storage>,
+) -> Result<(M::Storage, Option<M::Storage>)> {
+    let norm = &call.norm;
+    let mut bound = Bound::new(machine, norm, &call.x)?;
+    bound.weight(machine, norm.name, call.weight.as_ref())?;
+    bound.bias(machine, norm.name, call.bias.as_ref())?;
+    let dtype = machine.dtype(call.x.storage);
+    let mut out = machine.allocate(dtype, norm.geometry.elements())?;
+    bound.at.out = machine.address_mut(&mut out)?;
+    let mut stats = match call.keep {
+        true => Some(machine.allocate(accumulation_dtype(dtype), 3 * norm.geometry.sets())?),
+        false => None,
+    };
+    bound.at.stats = stats.as_mut().map_or(Ok(0), |stats| machine.address_mut(stats))?;
+    if let Some(given) = &call.given {
+        bound.at.given_mean = machine.address(&given.mean)?;
+        bound.at.given_low = given.mean_low.as_ref().map_or(Ok(0), |low| machine.address(low))?;
+        bound.at.given_var = machine.address(&given.var)?;
+        bound.at.given_mean_dtype = code(norm.name, machine.dtype(given.mean.storage))?;
+        bound.at.given_var_dtype = code(norm.name, machine.dtype(given.var.storage))?;
+    }
+    let running = call.running.filter(|_| norm.geometry.elements() > 0 && call.given.is_none());
+    let needs = ForwardNeeds {
+        output: true,
+        given: call.given.is_some(),
+        keep: call.keep,
+        momentum: running.map(|running| running.momentum),
+    };
+    let plan = plan::forward(&bound.request(norm), machine.properties(), &needs)?;
+    machine.with_running(running, &mut |running| {
+        let mut at = bound.at;
+        if let Some(RunningAddresses { mean, mean_dtype, var, var_dtype }) = running {
+            (at.running_mean, at.running_var) = (mean, var);
+            at.running_mean_dtype = code(norm.name, mean_dtype)?;
+            at.running_var_dtype = code(norm.name, var_dtype)?;
+        }
+        run(machine, &plan, &at)
+    })?;
+    Ok((out, stats))
+}
+
+fn run_statistics<M: Machine>(machine: &M, norm: Norm, x: Arg<M::Storage>) -> Result<M::Storage> {
+    let mut bound = Bound::new(machine, &norm, &x)?;
+    let dtype = accumulation_dtype(machine.dtype(x.storage));
+    let mut stats = machine.allocate(dtype, 3 * norm.geometry.sets())?;
+    bound.at.stats = machine.address_mut(&mut stats)?;
+    let needs = ForwardNeeds { output: false, given: false, keep: true, momentum: None };
+    let plan = plan::forward(&bound.request(&norm), machine.properties(), &needs)?;
+    run(machine, &plan, &bound.at)?;
+    Ok(stats)
+}
+
+/// What the arguments of all the backward's ops have in common.
+fn bind_backward<M: Machine>(machine: &M, call: &Backward<M::Storage>) -> Result<Bound> {
+    let mut bound = Bound::new(machine, &call.norm, &call.x)?;
+    bound.weight(machine, call.norm.name, call.weight.as_ref())?;
+    bound.at.dy = machine.address(&call.dy)?;
+    bound.at.stats = machine.address(&call.stats)?;
+    Ok(bound)
+}
+
+fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<Gradients<M::Storage>> {
+    let (norm, want) = (&call.norm, &call.want);
+    let mut bound = bind_backward(machine, &call)?;
+    let allocate = |dtype: Option<DType>, len, address: &mut u64, code_at: &mut u32| -> Result<_> {
+        let Some(dtype) = dtype else { return Ok(None) };
+        let mut storage = machine.allocate(dtype, len)?;
+        *address = machine.address_mut(&mut storage)?;
+        *code_at = code(norm.name, dtype)?;
+        Ok(Some(storage))
+    };
+    let (g, at) = (&norm.geometry, &mut bound.at);
+    let x_dtype = want.dx.then(|| machine.dtype(call.x.storage));
+    let dx = allocate(x_dtype, g.elements(), &mut at.out, &mut 0)?;
+    let dweight = allocate(want.dweight, g.params(), &mut at.dweight, &mut at.dweight_dtype)?;
+    let dbias = allocate(want.dbias, g.params(), &mut at.dbias, &mut at.dbias_dtype)?;
+    let needs = BackwardNeeds {
+        dx: want.dx,
+        dweight: want.dweight.is_some(),
+        dbias: want.dbias.is_some(),
+        fixed: call.fixed,
+    };
+    let plan = plan::backward(&bound.request(norm), machine.properties(), &needs)?;
+    run(machine, &plan, &bound.at)?;
+    Ok(Gradients { dx, dweight, dbias })
+}
+
+fn run_gradient_sums<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<M::Storage> {
+    let mut bound = bind_backward(machine, &call)?;
+    let dtype = accumulation_dtype(machine.dtype(call.x.storage));
+    let mut sums = machine.allocate(dtype, 2 * call.norm.geometry.sets())?;
+    bound.at.sums = machine.address_mut(&mut sums)?;
+    let plan = plan::gradient_sums(&bound.request(&call.norm), machine.properties())?;
+    run(machine, &plan, &bound.at)?;
+    Ok(sums)
+}
+
+fn run_input_gradient<M: Machine>(
+    machine: &M,
+    call: Backward<M::Storage>,
+    sums: Arg<M::Storage>,
+    count: f64,
+) -> Result<M::Storage> {
+    let mut bound = bind_backward(machine, &call)?;
+    bound.at.sums = machine.address(&sums)?;
+    let mut dx = machine.allocate(machine.dtype(call.x.storage), call.norm.geometry.elements())?;
+    bound.at.out = machine.address_mut(&mut dx)?;
+    let plan = plan::input_gradient(&bound.request(&call.norm), machine.properties(), count)?;
+    run(machine, &plan, &bound.at)?;
+    Ok(dx)
+}

@@ -40,14 +40,12 @@ pub(crate) mod flags {
     pub const PER_COLUMN: u32 = 1 << 4;
     /// The parameter of an element is its row.
     pub const PER_ROW: u32 = 1 << 5;
-    /// Forward takes `stats` as given; otherwise it computes them, and writes them where not null.
-    pub const GIVEN: u32 = 1 << 6;
     /// `sums` are without the weight in them: the input gradient multiplies by it afterwards.
-    pub const UNWEIGHTED: u32 = 1 << 7;
+    pub const UNWEIGHTED: u32 = 1 << 6;
     /// `part_sums` already have the weight in them.
-    pub const PART_WEIGHTED: u32 = 1 << 8;
+    pub const PART_WEIGHTED: u32 = 1 << 7;
     /// Somebody wants the gradient of weight or bias.
-    pub const WANT_PARAMS: u32 = 1 << 9;
+    pub const WANT_PARAMS: u32 = 1 << 8;
 }
 
 /// What a kernel needs to know. Addresses are device addresses, 0 where there is nothing.
@@ -71,6 +69,10 @@ pub(crate) struct Params {
     pub part_sums: u64,
     /// Parts of the parameters' gradients, `[2, copies, param_width]`.
     pub param_parts: u64,
+    /// Statistics to take instead of `stats`, `[sets]` each; then `stats` is a copy to be written.
+    pub given_mean: u64,
+    pub given_low: u64,
+    pub given_var: u64,
     pub running_mean: u64,
     pub running_var: u64,
     pub dweight: u64,
@@ -86,6 +88,8 @@ pub(crate) struct Params {
     pub sets_per_outer: u64,
     pub set_len: u64,
     pub params: u64,
+    /// Parameters that a set uses: 1 if all its elements share one.
+    pub set_params: u64,
 
     /// A set as segments of contiguous elements, `seg_stride` apart.
     pub segs: u64,
@@ -120,13 +124,19 @@ pub(crate) struct Params {
     pub flags: u32,
     /// Threads that share a set, or lanes along the columns.
     pub lanes: u32,
+    /// Threads that combine the parts of a set, and parameters that a block reduces side by side.
+    pub combine_lanes: u32,
+    pub reduce_columns: u32,
     /// dtype codes: 0 f32, 1 f16, 2 bf16, 3 f64.
     pub weight_dtype: u32,
     pub bias_dtype: u32,
+    /// `given_low` has the same.
+    pub given_mean_dtype: u32,
+    pub given_var_dtype: u32,
     pub running_mean_dtype: u32,
     pub running_var_dtype: u32,
     pub dweight_dtype: u32,
     pub dbias_dtype: u32,
 }
 
-const _: () = assert!(size_of::<Params>() == 14 * 8 + 24 * 8 + 3 * 8 + 14 * 4);
+const _: () = assert!(size_of::<Params>() == 17 * 8 + 25 * 8 + 3 * 8 + 18 * 4);

@@ -1,0 +1,10 @@
+// Column walks, f64: a module of its own, so that a program compiles only the dtypes it uses.
+#include "columns.cuh"
+#define ELEMENT double
+#define SUFFIX f64
+#include "entries.cuh"
+
+NORM_BOTH(column_moments, 256)
+NORM_BOTH(column_forward, 256)
+NORM_BOTH(column_sums, 256)
+NORM_BOTH(column_backward, 256)

@@ -1,0 +1,77 @@
+// The one argument of every kernel, and the few names that differ between nvcc and the emulation.
+//
+// Field for field the `Params` of src/cuda/params.rs, which says what each means; both sides state the
+// size. Apart from the kernels, because the combine kernels need it without an element type.
+#pragma once
+
+#ifdef NORM_EMULATION
+#include "emulation/device.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+
+using u32 = unsigned int;
+using u64 = unsigned long long;
+
+// Exact division of numbers below 2^31; see Divisor::new for the magic.
+struct Divisor {
+    u32 divisor, magic, shift;
+    __device__ u32 operator()(u32 n) const { return (__umulhi(n, magic) + n) >> shift; }
+};
+
+enum Flag : u32 {
+    CENTER = 1,
+    FIXED = 1 << 1,
+    PARAMS_ALIGNED = 1 << 2,
+    PER_SET = 1 << 3,
+    PER_COLUMN = 1 << 4,
+    PER_ROW = 1 << 5,
+    UNWEIGHTED = 1 << 6,
+    PART_WEIGHTED = 1 << 7,
+    WANT_PARAMS = 1 << 8,
+};
+
+struct Params {
+    const void *x, *dy;
+    void* out;
+    const void *weight, *bias;
+    void *stats, *sums, *part_moments, *part_sums, *param_parts;
+    const void *given_mean, *given_low, *given_var;
+    void *running_mean, *running_var, *dweight, *dbias;
+
+    u64 outer, rows, width, run, span, sets, sets_per_outer, set_len, params, set_params;
+    u64 segs, seg_len, seg_stride, chunk_len, pieces, segs_per_chunk, chunks, chunk_rows;
+    u64 part_chunks, part_width, part_run, part_span, copies, param_width, param_span;
+
+    double eps, momentum, count;
+
+    Divisor by_seg, by_span;
+    u32 flags, lanes, combine_lanes, reduce_columns;
+    u32 weight_dtype, bias_dtype, given_mean_dtype, given_var_dtype;
+    u32 running_mean_dtype, running_var_dtype, dweight_dtype, dbias_dtype;
+
+    __device__ bool has(u32 flag) const { return (flags & flag) != 0; }
+};
+
+static_assert(sizeof(Params) == 17 * 8 + 25 * 8 + 3 * 8 + 18 * 4, "Params differs from src/cuda/params.rs");
+
+#ifdef NORM_EMULATION
+#define NORM_HAS_CLUSTERS 1
+#else
+// The host's pass over a .cu file sees no architecture, and needs the names all the same.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define NORM_HAS_CLUSTERS 1
+#else
+#define NORM_HAS_CLUSTERS 0
+#endif
+extern __shared__ uint4 dynamic_shared[];
+// All shared memory is dynamic: one base, carved by the kernel as the plan has counted it.
+__device__ inline char* shared_memory() { return reinterpret_cast<char*>(dynamic_shared); }
+// Entry points differ from device functions in these words alone.
+#define NORM_ENTRY(name, threads, blocks) \
+    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+#define NORM_CLUSTER_ENTRY(name, threads, size) \
+    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, 1) \
+        name(const __grid_constant__ Params p)
+#endif

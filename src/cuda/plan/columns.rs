@@ -1,0 +1,124 @@
+//! Plans where lanes own columns and walk rows: channels-last, short runs, parameters by row.
+
+use super::{Affinity, BackwardNeeds, Builder, ForwardNeeds, Part};
+use crate::cuda::entry::Kernel;
+use crate::cuda::params::Divisor;
+use crate::geometry::Affine;
+use candle_core::Result;
+
+const BLOCK: usize = 256;
+/// Bytes of a tile: eight 16-byte accesses a thread.
+const TILE_BYTES: usize = 32 << 10;
+/// Parts of a set at most, so that merging them stays small beside the passes over the data.
+const MAX_CHUNKS: usize = 1024;
+
+impl Builder<'_> {
+    /// Cuts a block into tiles along the columns, and rows into chunks. Whether accesses are of 16 bytes,
+    /// and the number of tiles side by side.
+    ///
+    /// Where columns are samples (parameters by row), the way a column is summed must not depend on how
+    /// many there are: always 32 lanes, and chunks as for 16-byte accesses.
+    fn tiles(&mut self) -> (bool, usize) {
+        let vector = self.r.aligned && self.g.width % self.lanes == 0;
+        let unit = if vector { self.lanes } else { 1 };
+        let samples = self.g.affine == Affine::Row;
+        let lanes = match samples {
+            true => 32,
+            false => self.g.width.div_ceil(unit).next_power_of_two().min(32),
+        };
+        let row = lanes * if samples { self.lanes } else { unit } * self.r.element.bytes();
+        let tile_rows = (TILE_BYTES / row).max(4 * BLOCK / lanes);
+        let chunk_rows = tile_rows.max(self.g.rows.div_ceil(MAX_CHUNKS));
+        self.params.lanes = lanes as u32;
+        self.params.chunk_rows = chunk_rows as u64;
+        self.params.chunks = self.g.rows.div_ceil(chunk_rows) as u64;
+        self.params.by_seg = Divisor::new(self.g.run);
+        (vector, self.g.width.div_ceil(lanes * unit))
+    }
+
+    fn launch_tiles(&mut self, kernel: Kernel, (vector, tiles): (bool, usize), shared: usize) -> Result<()> {
+        let grid = tiles * self.params.chunks as usize * self.g.outer;
+        self.launch(kernel, vector, grid, BLOCK, shared)
+    }
+
+    /// Parts of columns: every column of every chunk.
+    fn column_part(&self) -> Part {
+        let span = self.params.span as usize;
+        Part { chunks: self.params.chunks as usize, width: self.g.width, run: self.g.run, span }
+    }
+
+    /// Bytes of shared memory in which half a block leaves `values` accumulators and `counts` counts
+    /// for each of its columns.
+    fn fold(&self, vector: bool, values: usize, counts: usize) -> usize {
+        let unit = if vector { self.lanes } else { 1 };
+        BLOCK / 2 * (unit * values * self.accumulator() + 4 * counts)
+    }
+}
+
+pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
+    let tiles = b.tiles();
+    if !needs.given {
+        let part = b.column_part();
+        b.scratch.part_moments = Some(b.reserve(3 * b.g.outer * part.chunks * part.width));
+        b.set_part(part);
+        b.launch_tiles(Kernel::ColumnMoments, tiles, b.fold(tiles.0, 3, 1))?;
+        b.combine(Kernel::CombineMoments, part)?;
+        b.passes(1);
+    }
+    if needs.output {
+        b.launch_tiles(Kernel::ColumnForward, tiles, 0)?;
+        b.passes(2);
+    }
+    Ok(true)
+}
+
+/// Launches the sums of columns; how they lie.
+pub(super) fn sums(b: &mut Builder, write_dx: bool) -> Result<Part> {
+    let tiles = b.tiles();
+    let part = b.column_part();
+    b.set_part(part);
+    b.scratch.part_sums = Some(b.reserve(2 * b.g.outer * part.chunks * part.width));
+    b.launch_tiles(Kernel::ColumnSums, tiles, b.fold(tiles.0, 2, 0))?;
+    b.passes(2 + write_dx as usize);
+    Ok(part)
+}
+
+pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
+    if b.affinity == Affinity::Row {
+        return backward_rows(b, needs);
+    }
+    let own = needs.dx && !needs.fixed;
+    if own || needs.params() {
+        let part = sums(b, needs.dx && needs.fixed)?;
+        b.after_sums(part, needs)?;
+    }
+    if own || (needs.dx && !needs.params()) {
+        input_gradient(b)?;
+        b.traffic -= if needs.fixed { b.g.elements() * b.r.element.bytes() } else { 0 };
+    }
+    Ok(())
+}
+
+/// Parameters by row: their gradients come with dx, since both need the statistics of columns.
+fn backward_rows(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
+    b.params.flags |= crate::cuda::params::flags::PART_WEIGHTED;
+    if needs.dx && !needs.fixed {
+        let part = sums(b, false)?;
+        b.scratch.sums = Some(b.reserve(2 * b.g.sets()));
+        b.combine(Kernel::CombineSums, part)?;
+    }
+    let tiles = b.tiles();
+    b.launch_tiles(Kernel::ColumnBackward, tiles, 0)?;
+    b.passes(2 + needs.dx as usize);
+    match needs.params() {
+        true => b.reduce_parts(b.g.outer * tiles.1, b.g.rows),
+        false => Ok(()),
+    }
+}
+
+pub(super) fn input_gradient(b: &mut Builder) -> Result<()> {
+    let tiles = b.tiles();
+    b.launch_tiles(Kernel::ColumnBackward, tiles, 0)?;
+    b.passes(3);
+    Ok(())
+}
