@@ -326,7 +326,7 @@ fn dense(name: &str, input: &Tensor, place: impl Fn(&Tensor) -> Option<Placed>) 
 
 fn check_input(op: &str, input: &Tensor, eps: f64) -> Result<()> {
     check_dtype(op, "input", input)?;
-    if !(eps >= 0.0) {
+    if eps.is_nan() || eps < 0.0 {
         bail!("{op}: eps must not be negative, got {eps}")
     }
     Ok(())

@@ -82,6 +82,7 @@ impl Geometry {
         }
     }
 
+    #[cfg(test)]
     /// Parameter of the element in row `row` and column `column` of any block.
     pub fn param(&self, row: usize, column: usize) -> usize {
         match self.affine {

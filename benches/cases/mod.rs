@@ -10,6 +10,7 @@ use candle_core::DType;
 use std::fmt;
 
 /// A norm as a row names it. `BatchNormEval` normalizes with its running statistics.
+#[allow(clippy::enum_variant_names)] // the norms' names
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Norm {
     BatchNorm,

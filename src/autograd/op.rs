@@ -245,7 +245,7 @@ impl NormOp {
         dy: &Tensor,
     ) -> Result<Vec<Option<Tensor>>> {
         let (weight, bias) = self.affine(affine);
-        fn wanted<'a>(t: Option<&'a Tensor>) -> Option<&'a Tensor> {
+        fn wanted(t: Option<&Tensor>) -> Option<&Tensor> {
             t.filter(|t| t.track_op())
         }
         let again = dy.track_op() || second_order();

@@ -55,7 +55,7 @@ struct Link {
 }
 
 /// What opens every connection, so that a stranger on the port is noticed.
-const MAGIC: u64 = 0x63616e_6e6f726d_01;
+const MAGIC: u64 = 0x6361_6e6e_6f72_6d01;
 
 impl TcpGroup {
     /// How long a rank waits for its peers, to connect and in one call, unless told otherwise: 5 minutes.

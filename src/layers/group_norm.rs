@@ -165,7 +165,7 @@ impl fmt::Display for GroupNorm {
 }
 
 fn check_groups(num_groups: usize, num_channels: usize) -> Result<()> {
-    if num_groups == 0 || num_channels % num_groups != 0 {
+    if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
         bail!(
             "group-norm: num_groups must divide num_channels, got {num_groups} groups and {num_channels} channels"
         )

@@ -23,8 +23,7 @@ pub(super) fn holds(vb: &VarBuilder, name: &str) -> bool {
 }
 
 pub(super) fn check_eps(op: &str, eps: f64) -> Result<()> {
-    // Written so that NaN fails too.
-    if !(eps >= 0.0) {
+    if eps.is_nan() || eps < 0.0 {
         bail!("{op}: eps must not be negative, got {eps}")
     }
     Ok(())

@@ -39,7 +39,9 @@ impl Model {
     }
 }
 
-fn norms() -> Vec<(&'static str, fn(VarBuilder) -> Result<Norm>)> {
+type Build = fn(VarBuilder) -> Result<Norm>;
+
+fn norms() -> Vec<(&'static str, Build)> {
     vec![
         ("batch", |vb| {
             let norm = batch_norm1d(4, 1e-5, vb)?;

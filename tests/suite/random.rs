@@ -100,7 +100,7 @@ fn instance(dims: &mut [usize], _: usize) -> Norm {
 }
 
 fn group(dims: &mut [usize], pick: usize) -> Norm {
-    let divisors: Vec<usize> = (1..=dims[1]).filter(|g| dims[1] % g == 0).collect();
+    let divisors: Vec<usize> = (1..=dims[1]).filter(|g| dims[1].is_multiple_of(*g)).collect();
     Norm::Group { groups: divisors[pick % divisors.len()] }
 }
 

@@ -167,7 +167,7 @@ impl<A: Float> ColumnMoments<A> {
                     }
                 }
                 let share = A::from64(1.0 / rows as f64);
-                offset.iter_mut().for_each(|o| *o = *o * share);
+                offset.iter_mut().for_each(|o| *o *= share);
             }
             let mut m2 = [A::ZERO; C];
             for r in 0..rows {
