@@ -52,7 +52,7 @@ mod call;
 #[cfg_attr(feature = "cuda-emulation", allow(dead_code))]
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
-mod cuda;
+pub mod cuda;
 pub mod distributed;
 pub mod functional;
 mod geometry;

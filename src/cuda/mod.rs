@@ -2,6 +2,8 @@
 //!
 //! `plan` decides, in pure arithmetic; a `Machine` runs it: a CUDA device, or the host for which a
 //! C++ compiler has compiled the same kernels. The ops here serve both.
+//!
+//! To a user of the crate the module has one function, `warmup`.
 
 mod entry;
 #[cfg(feature = "cuda")]
@@ -70,6 +72,24 @@ mod device {
 #[cfg(feature = "cuda")]
 #[allow(unused_imports)] // the steps of batch norm are synchronized batch norm's
 pub(crate) use device::{backward, forward, gradient_sums, input_gradient, statistics};
+
+/// Loads every kernel onto `device`; does nothing for a device that is not a CUDA device.
+///
+/// Without it, the first call of a norm loads the kernels that it needs. The driver compiles them from
+/// PTX then, which takes from milliseconds to seconds the first time on a machine, and keeps the result
+/// in its cache on disk. A CUDA graph is captured after the kernels are loaded: call this before, or
+/// run the model once.
+///
+/// # Errors
+/// A GPU older than the compute capability that the crate was built for (`CUDA_COMPUTE_CAP` at build
+/// time), and the driver's.
+#[cfg(feature = "cuda")]
+pub fn warmup(device: &candle_core::Device) -> Result<()> {
+    match device {
+        candle_core::Device::Cuda(device) => launch::machine(device)?.load_all(),
+        _ => Ok(()),
+    }
+}
 
 fn code(op: &str, dtype: DType) -> Result<u32> {
     Ok(Element::new(op, dtype)?.code())
