@@ -63,8 +63,11 @@ template <int C> __device__ inline void group_barrier() {
     if constexpr (C == 1) {
         __syncthreads();
     } else {
+        // A discarded branch still has its names looked up, and architectures below 9.0 lack these.
+#if NORM_HAS_CLUSTERS
         __cluster_barrier_arrive();
         __cluster_barrier_wait();
+#endif
     }
 }
 
@@ -73,7 +76,9 @@ template <int C, class A> __device__ inline A* in_block(A* here, u32 rank) {
     if constexpr (C == 1) {
         return here;
     } else {
+#if NORM_HAS_CLUSTERS
         return static_cast<A*>(__cluster_map_shared_rank(here, rank));
+#endif
     }
 }
 
@@ -81,7 +86,9 @@ template <int C> __device__ inline u32 block_rank() {
     if constexpr (C == 1) {
         return 0;
     } else {
+#if NORM_HAS_CLUSTERS
         return __clusterRelativeBlockRank();
+#endif
     }
 }
 

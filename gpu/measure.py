@@ -284,6 +284,9 @@ class Run:
 
         self.torch, self.options = torch, options
         self.device = "cpu" if options.dry_run else "cuda"
+        if options.dry_run:
+            torch.set_num_threads(1)
+            options.rounds, options.block_ms = 1, 0.0
         self.candle = None if options.dry_run else Candle(options.worker)
         self.about = {"name": "no GPU: dry run", "l2": 2**16}
         if self.candle:
@@ -386,7 +389,7 @@ CONTENDERS = (
 
 
 def show(line):
-    parts = [f"    {line['figure']:<8}"]
+    parts = [f"    {line['figure']:<9}"]
     for name in CONTENDERS:
         us = line[f"{name} us"]
         if us != "not measured":
@@ -441,7 +444,7 @@ def main():
             continue
         print(name_of(row))
         for line in run.measure(smaller(row) if options.dry_run else row):
-            lines.append(line | {"shape": "x".join(map(str, row["shape"]))} if options.dry_run else line)
+            lines.append(line | {"shape": "x".join(map(str, row["shape"])), "MB": size_of(row) / 1e6})
             show(lines[-1])
         # Kept up to date, so that a run cut short leaves what it has.
         name = "dry-run" if options.dry_run else "gpu"

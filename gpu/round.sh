@@ -41,7 +41,8 @@ END
 }
 LD_LIBRARY_PATH=$(libraries | paste -sd: -)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export LD_LIBRARY_PATH
-export CANDLE_NORM_TEST_DEVICE=cuda
+# The suite reads tests/golden from here.
+export CANDLE_NORM_TEST_DEVICE=cuda CARGO_MANIFEST_DIR=$here
 
 # Reports what the programs would not find. A machine without a GPU lacks libcuda, which comes with
 # the driver; nothing else may be missing.

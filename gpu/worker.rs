@@ -8,7 +8,9 @@
 use anyhow::{bail, Context, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaEvent, CudaStream};
-use candle_core::{CpuStorage, CudaDevice, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var,
+};
 use candle_nn::{Module, ModuleT};
 use candle_norm::__bench::{Alone, Kind};
 use candle_norm::functional as norm;
@@ -289,7 +291,9 @@ impl<'a> Open<'a> {
         let n = self.x.len();
         let mut ring = Ring::new(n);
         match (contender, figure) {
-            ("copy", _) => self.gpu.time(calls, |i| Ok(ring.keep(self.x[i % n].as_detached_tensor().copy()?))),
+            ("copy", _) => {
+                self.gpu.time(calls, |i| Ok(ring.keep(self.x[i % n].as_detached_tensor().copy()?)))
+            }
             (_, "forward") => {
                 let layer = self.layer(contender, false)?;
                 let x: Vec<_> = self.x.iter().map(|x| x.as_detached_tensor()).collect();

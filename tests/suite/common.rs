@@ -15,6 +15,14 @@ pub fn device() -> &'static Device {
     })
 }
 
+/// A recorded file. Cargo sets the variable when it runs tests; a program run without cargo, on another
+/// machine, has it set to where the files are there.
+pub fn golden(name: &str) -> String {
+    let built = env!("CARGO_MANIFEST_DIR");
+    let root = std::env::var("CARGO_MANIFEST_DIR").unwrap_or_else(|_| built.into());
+    format!("{root}/tests/golden/{name}")
+}
+
 /// Whether the kernels under test are emulated, thousands of times slower than they run for real.
 pub const EMULATED: bool = cfg!(feature = "cuda-emulation");
 

@@ -7,7 +7,7 @@
 //! its answer in half precision was from that: ours may be no further.
 
 use crate::case::{Arguments, Case, Layout, Norm, Outcome};
-use crate::common::{device, relative_l2, values};
+use crate::common::{self, device, relative_l2, values};
 use crate::compare;
 use crate::oracle::{self, Approx, Expected};
 use candle_core::{DType, Tensor};
@@ -20,7 +20,7 @@ struct Golden {
 }
 
 fn open(op: &str) -> Golden {
-    let path = format!("{}/tests/golden/{op}.safetensors", env!("CARGO_MANIFEST_DIR"));
+    let path = common::golden(&format!("{op}.safetensors"));
     let bytes = std::fs::read(&path).expect("a recorded file");
     let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).expect("a safetensors header");
     let metadata = header.metadata().as_ref().expect("metadata");

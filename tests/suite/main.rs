@@ -12,6 +12,8 @@ mod autograd;
 mod case;
 mod common;
 mod compare;
+#[cfg(feature = "cuda")]
+mod cuda_graph;
 mod determinism;
 mod distributed;
 mod drop_in;

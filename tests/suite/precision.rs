@@ -1,7 +1,7 @@
 //! Data far from zero, in f32: the errors promised, and PyTorch's on the same inputs beside them.
 
 use crate::case::{Arguments, Case, Norm};
-use crate::common::{data, relative_l2, sized, values};
+use crate::common::{self, data, relative_l2, sized, values};
 use crate::oracle::{self, Approx};
 use candle_core::{DType, Result};
 use serde_json::Value;
@@ -58,7 +58,7 @@ fn of_row(row: &Value) -> (Case, Arguments) {
 
 #[test]
 fn far_from_zero_as_promised_and_nowhere_worse_than_pytorch() -> Result<()> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/precision.json");
+    let path = common::golden("precision.json");
     let json: Value = serde_json::from_str(&std::fs::read_to_string(path)?).expect("JSON");
     let mut wrong = Vec::new();
     for row in json["rows"].as_array().expect("rows") {

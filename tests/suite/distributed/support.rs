@@ -207,7 +207,7 @@ pub fn same_bits_everywhere(group: &Group, t: &Tensor) -> Result<()> {
 }
 
 pub fn recorded() -> Result<HashMap<String, Tensor>> {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/sync_batch_norm.safetensors");
+    let path = crate::common::golden("sync_batch_norm.safetensors");
     candle_core::safetensors::load(path, &Device::Cpu)
 }
 
