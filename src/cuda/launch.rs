@@ -285,4 +285,12 @@ impl Machine for CudaMachine {
             format!("cuda: {} with {grid} blocks of {block} threads and {shared} bytes", entry.name())
         })
     }
+
+    fn written(&self, storage: &mut CudaStorage) -> Result<()> {
+        // Where cudarc tracks events between streams, taking the address records one behind the launches.
+        if self.loaded.context.is_managing_stream_synchronization() {
+            self.address_mut(storage)?;
+        }
+        Ok(())
+    }
 }

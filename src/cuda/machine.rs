@@ -62,4 +62,9 @@ pub(crate) trait Machine {
     ) -> Result<()>;
 
     fn launch(&self, launch: &Launch, params: &Params) -> Result<()>;
+
+    /// Everything that writes `storage` is launched: for a machine that orders streams by events.
+    fn written(&self, _storage: &mut Self::Storage) -> Result<()> {
+        Ok(())
+    }
 }

@@ -56,6 +56,7 @@ macro_rules! ops {
     };
 }
 
+#[cfg(feature = "cuda-emulation")]
 use ops;
 
 #[cfg(feature = "cuda-emulation")]
@@ -190,6 +191,8 @@ fn run_forward<M: Machine>(
         }
         run(machine, &plan, &at)
     })?;
+    machine.written(&mut out)?;
+    stats.iter_mut().try_for_each(|stats| machine.written(stats))?;
     Ok((out, stats))
 }
 
@@ -201,6 +204,7 @@ fn run_statistics<M: Machine>(machine: &M, norm: Norm, x: Arg<M::Storage>) -> Re
     let needs = ForwardNeeds { output: false, given: false, keep: true, momentum: None };
     let plan = plan::forward(&bound.request(&norm), machine.properties(), &needs)?;
     run(machine, &plan, &bound.at)?;
+    machine.written(&mut stats)?;
     Ok(stats)
 }
 
@@ -225,9 +229,9 @@ fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<G
     };
     let (g, at) = (&norm.geometry, &mut bound.at);
     let x_dtype = want.dx.then(|| machine.dtype(call.x.storage));
-    let dx = allocate(x_dtype, g.elements(), &mut at.out, &mut 0)?;
-    let dweight = allocate(want.dweight, g.params(), &mut at.dweight, &mut at.dweight_dtype)?;
-    let dbias = allocate(want.dbias, g.params(), &mut at.dbias, &mut at.dbias_dtype)?;
+    let mut dx = allocate(x_dtype, g.elements(), &mut at.out, &mut 0)?;
+    let mut dweight = allocate(want.dweight, g.params(), &mut at.dweight, &mut at.dweight_dtype)?;
+    let mut dbias = allocate(want.dbias, g.params(), &mut at.dbias, &mut at.dbias_dtype)?;
     let needs = BackwardNeeds {
         dx: want.dx,
         dweight: want.dweight.is_some(),
@@ -236,6 +240,8 @@ fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<G
     };
     let plan = plan::backward(&bound.request(norm), machine.properties(), &needs)?;
     run(machine, &plan, &bound.at)?;
+    let all = [&mut dx, &mut dweight, &mut dbias];
+    all.into_iter().flatten().try_for_each(|gradient| machine.written(gradient))?;
     Ok(Gradients { dx, dweight, dbias })
 }
 
@@ -246,6 +252,7 @@ fn run_gradient_sums<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Res
     bound.at.sums = machine.address_mut(&mut sums)?;
     let plan = plan::gradient_sums(&bound.request(&call.norm), machine.properties())?;
     run(machine, &plan, &bound.at)?;
+    machine.written(&mut sums)?;
     Ok(sums)
 }
 
@@ -261,5 +268,6 @@ fn run_input_gradient<M: Machine>(
     bound.at.out = machine.address_mut(&mut dx)?;
     let plan = plan::input_gradient(&bound.request(&call.norm), machine.properties(), count)?;
     run(machine, &plan, &bound.at)?;
+    machine.written(&mut dx)?;
     Ok(dx)
 }
