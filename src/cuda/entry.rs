@@ -14,8 +14,6 @@ pub(crate) enum Element {
 }
 
 impl Element {
-    pub const ALL: [Element; 4] = [Element::F32, Element::F16, Element::BF16, Element::F64];
-
     pub fn new(op: &str, dtype: DType) -> Result<Self> {
         Ok(match dtype {
             DType::F32 => Element::F32,
@@ -99,10 +97,6 @@ pub(crate) struct Module(u8);
 
 impl Module {
     pub const COUNT: usize = STEMS.len();
-
-    pub fn all() -> impl Iterator<Item = Module> {
-        (0..Self::COUNT as u8).map(Module)
-    }
 
     pub fn index(self) -> usize {
         self.0 as usize

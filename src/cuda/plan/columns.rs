@@ -19,7 +19,7 @@ impl Builder<'_> {
     /// Where columns are samples (parameters by row), the way a column is summed must not depend on how
     /// many there are: always 32 lanes, and chunks as for 16-byte accesses.
     fn tiles(&mut self) -> (bool, usize) {
-        let vector = self.r.aligned && self.g.width % self.lanes == 0;
+        let vector = self.r.aligned && self.g.width.is_multiple_of(self.lanes);
         let unit = if vector { self.lanes } else { 1 };
         let samples = self.g.affine == Affine::Row;
         let lanes = match samples {

@@ -59,7 +59,7 @@ impl Builder<'_> {
 
     /// 16-byte accesses: all runs start aligned and are multiples.
     fn vector(&self, run: usize) -> bool {
-        self.r.aligned && run % self.lanes == 0 && self.g.run % self.lanes == 0
+        self.r.aligned && run.is_multiple_of(self.lanes) && self.g.run.is_multiple_of(self.lanes)
     }
 
     fn set_segments(&mut self, chunks: Chunks) {
