@@ -148,7 +148,6 @@ fn a_var_map_saves_and_loads_running_statistics() -> Result<()> {
     let (mut vars, vb) = builder(DType::F32);
     let loaded = batch_norm1d(3, 1e-5, vb)?;
     vars.load(&file)?;
-    // SAFETY is the caller's in candle: nobody else writes to this process's own file.
     let bytes = std::fs::read(&file)?;
     let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, CPU)?;
     let opened = batch_norm1d(3, 1e-5, vb)?;
@@ -309,7 +308,7 @@ fn displays_are_pytorch_reprs() -> Result<()> {
         RmsNorm::with_options((7, 2), 1e-6, builder(DType::F32).1)?.to_string(),
         GroupNorm::with_options(4, 64, GroupNormOptions::default().eps(1e-12), vb())?.to_string(),
     ];
-    // Printed by PyTorch 2.11, but for the third from below the top, whose rank PyTorch always names.
+    // Printed by PyTorch 2.11, but for the fourth: PyTorch's instance norm always names a rank.
     let expected = [
         "BatchNorm2d(64, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)",
         "BatchNorm1d(3, eps=0.001, momentum=None, affine=False, track_running_stats=False)",
