@@ -1,5 +1,5 @@
 //! candle-nn's `ops` with its norms replaced: the same names and signatures, differentiable, for any
-//! memory order and for weights of another dtype than the input's.
+//! memory order (the output is contiguous) and for weights of another dtype than the input's.
 //!
 //! Apart from `functional`, whose functions take PyTorch's arguments. The rest of candle-nn's `ops` is
 //! passed on, so that `use candle_norm::ops` can stand for `use candle_nn::ops`.
@@ -30,7 +30,7 @@ pub use candle_nn::ops::*;
 /// ```
 pub fn layer_norm(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Result<Tensor> {
     let last = last_dim("layer-norm", xs)?;
-    functional::layer_norm(xs, &[last], Some(alpha), Some(beta), eps.into())
+    functional::layer_norm(xs, &[last], Some(alpha), Some(beta), eps.into())?.contiguous()
 }
 
 /// [`layer_norm`] under the name of candle-nn's differentiable one.
@@ -60,7 +60,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 /// ```
 pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     let last = last_dim("rms-norm", xs)?;
-    functional::rms_norm(xs, &[last], Some(alpha), eps.into())
+    functional::rms_norm(xs, &[last], Some(alpha), eps.into())?.contiguous()
 }
 
 /// [`rms_norm`] under the name of candle-nn's differentiable one.

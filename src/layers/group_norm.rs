@@ -48,7 +48,7 @@ options! {
 /// Group normalization of `[N, C, ..]`, of any rank from 2 up: see the [module](self).
 ///
 /// The input is of any floating dtype, whatever the dtype of the parameters; the output has the
-/// input's shape, dtype and memory order.
+/// input's shape and dtype, and is contiguous.
 ///
 /// # Errors
 /// The forward fails on an input with other channels than the layer's.
@@ -152,7 +152,8 @@ impl Module for GroupNorm {
             let (shape, channels) = (x.dims(), self.num_channels);
             bail!("group-norm: input has shape {shape:?}, expected {channels} channels in dimension 1")
         }
-        functional::group_norm(x, self.num_groups, self.weight(), self.bias(), self.eps)
+        let y = functional::group_norm(x, self.num_groups, self.weight(), self.bias(), self.eps)?;
+        params::contiguous(y)
     }
 }
 

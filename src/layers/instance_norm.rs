@@ -64,7 +64,7 @@ options! {
 /// `add_fn(move |x| norm.forward(x))`.
 ///
 /// The input is of any floating dtype, whatever the dtype of the parameters; the output has the
-/// input's shape, dtype and memory order. The running statistics are f32 (f64 in an f64 model),
+/// input's shape and dtype, and is contiguous. The running statistics are f32 (f64 in an f64 model),
 /// receive no gradient, and are shared by clones of the layer.
 ///
 /// # Errors
@@ -236,7 +236,9 @@ impl InstanceNorm {
         };
         let use_input_stats = train || self.statistics.is_none();
         let InstanceNormOptions { eps, momentum, .. } = self.options;
-        functional::instance_norm(x, mean, var, self.weight(), self.bias(), use_input_stats, momentum, eps)
+        let (weight, bias) = (self.weight(), self.bias());
+        let y = functional::instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)?;
+        params::contiguous(y)
     }
 }
 

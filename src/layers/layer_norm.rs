@@ -82,7 +82,7 @@ options! {
 /// Layer normalization over the last dimensions: see the [module](self).
 ///
 /// The input is of any floating dtype, whatever the dtype of the parameters, and of any memory order;
-/// the output has the input's shape, dtype and memory order.
+/// the output has the input's shape and dtype, and is contiguous.
 ///
 /// # Errors
 /// The forward fails on an input whose last dimensions are not `normalized_shape`.
@@ -241,7 +241,8 @@ impl Module for LayerNorm {
             (None, _) => f32::EPSILON.into(),
         };
         let shape = self.normalized_shape();
-        functional::apply_layer(self.op(), x, shape, weight, self.bias(), eps, self.remove_mean)
+        let (bias, center) = (self.bias(), self.remove_mean);
+        params::contiguous(functional::apply_layer(self.op(), x, shape, weight, bias, eps, center)?)
     }
 }
 

@@ -2,6 +2,9 @@
 //!
 //! Apart from `functional`, which owns nothing. A layer gets its tensors from a `VarBuilder`, under
 //! the names PyTorch gives them, and hands them on unchanged.
+//!
+//! A layer's output is contiguous, as candle-nn's is, although a function keeps the memory order of a
+//! permuted input: see [`params::contiguous`].
 
 pub mod batch_norm;
 mod fold;

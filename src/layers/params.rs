@@ -22,6 +22,15 @@ pub(super) fn holds(vb: &VarBuilder, name: &str) -> bool {
     vb.contains_tensor(name) && !vb.contains_tensor("a name that no checkpoint has")
 }
 
+/// The output of a layer: copied where its memory order is that of a permuted input.
+///
+/// candle-nn's norms return contiguous tensors, and models count on it unawares: candle 0.11's `Linear`
+/// computes wrong values from a permuted batch, because the CPU's matmul with a broadcast right side
+/// takes the left side's rows to be contiguous.
+pub(crate) fn contiguous(y: Tensor) -> Result<Tensor> {
+    y.contiguous()
+}
+
 pub(super) fn check_eps(op: &str, eps: f64) -> Result<()> {
     if eps.is_nan() || eps < 0.0 {
         bail!("{op}: eps must not be negative, got {eps}")

@@ -46,7 +46,7 @@ options! {
 /// RMS normalization over the last dimensions: see the [module](self).
 ///
 /// The input is of any floating dtype, whatever the dtype of the weight, and of any memory order; the
-/// output has the input's shape, dtype and memory order.
+/// output has the input's shape and dtype, and is contiguous.
 ///
 /// # Errors
 /// The forward fails on an input whose last dimensions are not `normalized_shape`.

@@ -122,6 +122,21 @@ macro_rules! program {
                 })
             }
 
+            /// Vision transformers normalize a transposed view and multiply it by a matrix. The output
+            /// must be contiguous for that: candle's matmul of a permuted batch is wrong.
+            pub fn tokens(image: &Tensor, w: &Tensor, b: &Tensor) -> Result<[Tensor; 4]> {
+                let x = image.flatten_from(2)?.transpose(1, 2)?;
+                let linear = candle_nn::Linear::new(Tensor::cat(&[w, b], 0)?.reshape((2, ()))?, None);
+                let normed = [
+                    x.apply(&LayerNorm::new(w.clone(), b.clone(), 1e-5))?,
+                    x.apply(&LayerNorm::new_no_bias(w.clone(), 1e-5))?,
+                    ops::layer_norm_slow(&x, w, b, 1e-5)?,
+                    ops::rms_norm_slow(&x, w, 1e-5)?,
+                ];
+                let [y0, y1, y2, y3] = normed.map(|y| y.apply(&linear));
+                Ok([y0?, y1?, y2?, y3?])
+            }
+
             /// Types in the places a model has them, derives included.
             #[derive(Debug, Clone)]
             pub struct Fields {
@@ -215,6 +230,13 @@ fn layers_made_of_tensors() -> Result<()> {
     let (x, w, b) = (noise(&[3, 4, 8], 3)?, noise(&[8], 4)?, noise(&[8], 5)?);
     let (y, expected) = (ours::from_tensors(&w, &b)?, theirs::from_tensors(&w, &b)?);
     assert_same(&x.apply(&y)?, &x.apply(&expected)?, "from tensors")
+}
+
+#[test]
+fn a_transposed_view_before_a_linear() -> Result<()> {
+    let (image, w, b) = (noise(&[2, 8, 3, 5], 3)?, noise(&[8], 4)?, noise(&[8], 5)?);
+    let (ours, theirs) = (ours::tokens(&image, &w, &b)?, theirs::tokens(&image, &w, &b)?);
+    ours.iter().zip(&theirs).try_for_each(|(y, expected)| assert_same(y, expected, "tokens"))
 }
 
 #[test]

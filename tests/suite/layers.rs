@@ -513,6 +513,23 @@ fn reset_parameters_restores_what_the_constructor_made() -> Result<()> {
 }
 
 #[test]
+fn outputs_are_contiguous_for_permuted_inputs() -> Result<()> {
+    let vb = || builder(DType::F32).1;
+    let x = noise(&[2, 5, 4], 1)?.transpose(1, 2)?;
+    let bn = batch_norm1d(4, 1e-5, vb())?;
+    let outputs = [
+        bn.forward_t(&x, true)?,
+        bn.forward_t(&x, false)?,
+        instance_norm1d(4, 1e-5, vb())?.forward(&x)?,
+        group_norm(2, 4, 1e-5, vb())?.forward(&x)?,
+        layer_norm(5, 1e-5, vb())?.forward(&x)?,
+        rms_norm(5, 1e-5, vb())?.forward(&x)?,
+    ];
+    outputs.iter().enumerate().for_each(|(i, y)| assert!(y.is_contiguous(), "output {i}"));
+    Ok(())
+}
+
+#[test]
 fn layers_are_send_sync_clone_debug_and_display() {
     fn check<T: Send + Sync + Clone + std::fmt::Debug + std::fmt::Display + 'static>() {}
     check::<BatchNorm>();

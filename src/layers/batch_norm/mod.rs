@@ -49,7 +49,7 @@ pub use config::{BatchNormConfig, BatchNormOptions};
 ///
 /// There is no `Module`, since training and evaluation differ: call [`ModuleT::forward_t`], or
 /// `x.apply_t(&bn, train)`. The input is of any floating dtype, whatever the dtype of the parameters;
-/// the output has the input's shape, dtype and memory order. The running statistics are f32 (f64 in
+/// the output has the input's shape and dtype, and is contiguous. The running statistics are f32 (f64 in
 /// an f64 model), receive no gradient, and are shared by clones of the layer.
 ///
 /// # Errors
@@ -260,7 +260,7 @@ impl BatchNorm {
             let column = |t: &Tensor| t.to_dtype(dtype)?.reshape((self.num_features, 1));
             y = y.broadcast_mul(&column(weight)?)?.broadcast_add(&column(bias)?)?;
         }
-        let y = y.to_dtype(x.dtype())?.reshape(by_channel.shape())?.transpose(0, 1)?.contiguous()?;
+        let y = y.to_dtype(x.dtype())?.reshape(by_channel.shape())?.transpose(0, 1)?;
         let mean_square = rows.detach().sqr()?.mean(1)?.to_dtype(running.var.dtype())?;
         let unbiased = (mean_square * (n as f64 / (n as f64 - 1.0)))?;
         let moved = ((running.var.as_detached_tensor() * (1.0 - factor))? + (unbiased * factor)?)?;
@@ -277,11 +277,12 @@ impl ModuleT for BatchNorm {
                 Some(sync) => sync.or_tell(checked)?,
                 None => checked?,
             }
-            return self.forward_batch(x, train);
+            return params::contiguous(self.forward_batch(x, train)?);
         }
         checked?;
         let (mean, var) = (Some(&self.statistics.mean), Some(&self.statistics.var));
-        functional::batch_norm(x, mean, var, self.weight(), self.bias(), false, 0.0, self.options.eps)
+        let (weight, bias) = (self.weight(), self.bias());
+        params::contiguous(functional::batch_norm(x, mean, var, weight, bias, false, 0.0, self.options.eps)?)
     }
 }
 
