@@ -10,12 +10,12 @@ use super::element::Float;
 const UNROLL: usize = 4;
 
 /// `M` sums over elements, in `UNROLL * W` lanes each.
-pub(super) struct Lanes<A, const M: usize, const W: usize>([[[A; W]; M]; UNROLL]);
+pub(super) struct Lanes<A, const M: usize, const W: usize>([[[A; W]; UNROLL]; M]);
 
 impl<A: Float, const M: usize, const W: usize> Lanes<A, M, W> {
     #[inline(always)]
     pub fn new() -> Self {
-        Lanes([[[A::ZERO; W]; M]; UNROLL])
+        Lanes([[[A::ZERO; W]; UNROLL]; M])
     }
 
     /// Adds the elements of `K` slices of one length: `step` maps values and sums to sums.
@@ -25,13 +25,19 @@ impl<A: Float, const M: usize, const W: usize> Lanes<A, M, W> {
         assert!(slices.iter().all(|s| s.len() == n));
         let mut at = 0;
         while at + UNROLL * W <= n {
-            for u in 0..UNROLL {
-                lanes(&mut self.0[u], slices.map(|s| &s[at + u * W..][..W]), 0, &step);
+            // One loop over all lanes: two nested short ones are unrolled into scalars before the
+            // compiler looks for vectors.
+            let slices = slices.map(|s| &s[at..][..UNROLL * W]);
+            for l in 0..UNROLL * W {
+                let new = step(slices.map(|s| s[l]), std::array::from_fn(|m| self.0[m].as_flattened()[l]));
+                for m in 0..M {
+                    self.0[m].as_flattened_mut()[l] = new[m];
+                }
             }
             at += UNROLL * W;
         }
         while at + W <= n {
-            lanes(&mut self.0[0], slices.map(|s| &s[at..][..W]), 0, &step);
+            self.vector(0, slices.map(|s| &s[at..][..W]), 0, &step);
             at += W;
         }
         if at == n {
@@ -39,14 +45,14 @@ impl<A: Float, const M: usize, const W: usize> Lanes<A, M, W> {
         }
         if n >= W {
             // The last vector again, without the elements that are in already.
-            lanes(&mut self.0[1], slices.map(|s| &s[n - W..][..W]), W - (n - at), &step);
+            self.vector(1, slices.map(|s| &s[n - W..][..W]), W - (n - at), &step);
         } else {
             let mut padded = [[A::ZERO; W]; K];
             for (padded, slice) in padded.iter_mut().zip(slices) {
                 padded[W - n..].copy_from_slice(slice);
             }
             let padded = padded.each_ref().map(|p| &p[..]);
-            lanes(&mut self.0[1], padded, W - n, &step);
+            self.vector(1, padded, W - n, &step);
         }
     }
 
@@ -57,7 +63,8 @@ impl<A: Float, const M: usize, const W: usize> Lanes<A, M, W> {
         for (m, total) in total.iter_mut().enumerate() {
             let mut sum = [A::ZERO; W];
             for l in 0..W {
-                sum[l] = (self.0[0][m][l] + self.0[1][m][l]) + (self.0[2][m][l] + self.0[3][m][l]);
+                let [a, b, c, d] = self.0[m].each_ref().map(|v| v[l]);
+                sum[l] = (a + b) + (c + d);
             }
             let mut half = W / 2;
             while half > 0 {
@@ -70,20 +77,22 @@ impl<A: Float, const M: usize, const W: usize> Lanes<A, M, W> {
         }
         total
     }
-}
 
-/// One vector of each slice, its first `skip` lanes left out.
-#[inline(always)]
-fn lanes<A: Float, const K: usize, const M: usize, const W: usize>(
-    sums: &mut [[A; W]; M],
-    slices: [&[A]; K],
-    skip: usize,
-    step: &impl Fn([A; K], [A; M]) -> [A; M],
-) {
-    for l in 0..W {
-        let new = step(slices.map(|s| s[l]), std::array::from_fn(|m| sums[m][l]));
-        for m in 0..M {
-            sums[m][l] = if l >= skip { new[m] } else { sums[m][l] };
+    /// One vector of each slice, its first `skip` lanes left out, into vector `u` of the sums.
+    #[inline(always)]
+    fn vector<const K: usize>(
+        &mut self,
+        u: usize,
+        slices: [&[A]; K],
+        skip: usize,
+        step: &impl Fn([A; K], [A; M]) -> [A; M],
+    ) {
+        for l in 0..W {
+            let new = step(slices.map(|s| s[l]), std::array::from_fn(|m| self.0[m][u][l]));
+            for m in 0..M {
+                let sum = &mut self.0[m][u][l];
+                *sum = if l >= skip { new[m] } else { *sum };
+            }
         }
     }
 }
