@@ -1,8 +1,8 @@
 //! Compiles the kernels for the host, with the emulation of what they take from CUDA.
 //!
 //! `CANDLE_NORM_SANITIZE=address,undefined` instruments them: the test programs then need the
-//! sanitizer's runtime, which `LD_PRELOAD` brings (see `ci/sanitize.sh`). `CANDLE_NORM_FAULT` plants a
-//! fault in a kernel, for the test that faults are seen.
+//! sanitizer's runtime first, which `LD_PRELOAD` sees to (`ci/sanitize.sh`). `CANDLE_NORM_FAULT` plants a
+//! fault in a kernel, for the check that faults are seen.
 
 use anyhow::{Context, Result};
 use std::path::{Path, PathBuf};
@@ -19,6 +19,13 @@ pub fn compile() -> Result<()> {
     if let Ok(sanitizers) = std::env::var("CANDLE_NORM_SANITIZE") {
         build.flag(format!("-fsanitize={sanitizers}")).flag("-fno-omit-frame-pointer").flag("-g1");
         build.flag("-fno-sanitize-recover=all");
+        // The runtimes, of the same compiler; rustc links without its defaults.
+        if sanitizers.contains("address") {
+            println!("cargo:rustc-link-lib=dylib=asan");
+        }
+        if sanitizers.contains("undefined") {
+            println!("cargo:rustc-link-lib=dylib=ubsan");
+        }
     }
     if let Ok(fault) = std::env::var("CANDLE_NORM_FAULT") {
         build.define(&format!("NORM_FAULT_{}", fault.to_uppercase()), None);
