@@ -107,12 +107,14 @@ impl Level {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
+#[inline(never)] // small kernels run within larger ones, where the vectorizer would lose them
 fn avx2<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<8, true>()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+#[inline(never)]
 fn avx512<K: Kernel>(kernel: K) -> K::Output {
     kernel.run::<16, true>()
 }

@@ -30,7 +30,7 @@ impl<T: Element> Kernel for Partial<'_, T> {
         let mut buffers = (T::buffer(), T::buffer());
         let (input, mut out) = (&self.input, self.sums.iter_mut());
         for sheet in sheets(input.g, input.tile) {
-            let columns = ColumnSums::of::<T, FMA>(input, &sheet, &mut buffers);
+            let columns = ColumnSums::of(input, &sheet, &mut buffers);
             for ((set, c), out) in sheet.sets(input.g).zip(&mut out) {
                 *out = columns.merged(input, &sheet, set, c, &mut self.slots);
             }
@@ -54,7 +54,7 @@ impl<T: Element> Kernel for Backward<'_, T> {
         let mut buffers = (T::buffer(), T::buffer());
         let rows = self.input.params.form == Form::Rows;
         for sheet in sheets(self.input.g, self.input.tile) {
-            let line = self.line::<FMA>(&sheet, &mut buffers);
+            let line = self.line(&sheet, &mut buffers);
             if rows {
                 self.row_sums::<W, FMA>(&sheet, &line, &mut buffers);
             }
@@ -73,7 +73,7 @@ struct ColumnSums {
 
 impl ColumnSums {
     #[inline(always)]
-    fn of<T: Element, const FMA: bool>(input: &Input<T>, sheet: &Sheet, buffers: &mut Buffers<T>) -> Self {
+    fn of<T: Element>(input: &Input<T>, sheet: &Sheet, buffers: &mut Buffers<T>) -> Self {
         let n = sheet.columns;
         let mut sums = ColumnSums { g: vec![0.0; n], gx: vec![0.0; n] };
         let mut high = vec![T::Acc::ZERO; n];
@@ -84,10 +84,10 @@ impl ColumnSums {
         let mut at = 0;
         while at < n {
             at = match n - at {
-                32.. => sums.panels::<T, FMA, 32>(input, sheet, &high, at, at, buffers),
+                32.. => sums.panels::<T, 32>(input, sheet, &high, at, at, buffers),
                 // The last vector again; what it did already is not added twice.
-                1.. if n >= 16 => sums.panels::<T, FMA, 16>(input, sheet, &high, at.min(n - 16), at, buffers),
-                _ => sums.panels::<T, FMA, 1>(input, sheet, &high, at, at, buffers),
+                1.. if n >= 16 => sums.panels::<T, 16>(input, sheet, &high, at.min(n - 16), at, buffers),
+                _ => sums.panels::<T, 1>(input, sheet, &high, at, at, buffers),
             };
         }
         for j in 0..sheet.extra {
@@ -101,7 +101,7 @@ impl ColumnSums {
 
     /// Sums of `C` columns from `from` on; keeps those from `keep` on. Returns the end.
     #[inline(always)]
-    fn panels<T: Element, const FMA: bool, const C: usize>(
+    fn panels<T: Element, const C: usize>(
         &mut self,
         input: &Input<T>,
         sheet: &Sheet,
@@ -117,16 +117,12 @@ impl ColumnSums {
             let at = sheet.first + r * sheet.stride + from;
             let x = T::panel(&input.x[at..], sheet.stride, rows, C, &mut buffers.0);
             let dy = T::panel(&input.dy[at..], sheet.stride, rows, C, &mut buffers.1);
-            let (mut g, mut gx) = ([T::Acc::ZERO; C], [T::Acc::ZERO; C]);
-            for i in 0..rows {
-                let (x, dy) = (x.row(i), dy.row(i));
-                let w = if by_row { input.params.weight(sheet.row + r + i) } else { T::Acc::ONE };
-                for l in 0..C {
-                    let dy = dy[l] * w;
-                    g[l] += dy;
-                    gx[l] = fma::<_, FMA>(dy, x[l] - high[l], gx[l]);
-                }
-            }
+            let first = sheet.row + r;
+            let weight = match &input.params.weight {
+                Some(weight) if by_row => Some(&weight[first..first + rows]),
+                _ => None,
+            };
+            let (g, gx) = input.level.run(PanelSums { x, dy, weight, high });
             for l in keep - from..C {
                 self.g[from + l] += g[l].to64();
                 self.gx[from + l] += gx[l].to64();
@@ -178,6 +174,34 @@ impl ColumnSums {
     }
 }
 
+/// Sums of `g` and `g * (x - high)` of the `C` columns of a panel, with weights by row.
+struct PanelSums<'a, A, const C: usize> {
+    x: Panel<'a, A>,
+    dy: Panel<'a, A>,
+    weight: Option<&'a [A]>,
+    high: [A; C],
+}
+
+impl<A: Float, const C: usize> Kernel for PanelSums<'_, A, C> {
+    type Output = ([A; C], [A; C]);
+
+    #[inline(always)]
+    fn run<const W: usize, const FMA: bool>(self) -> Self::Output {
+        let PanelSums { x, dy, weight, high } = self;
+        let (mut g, mut gx) = ([A::ZERO; C], [A::ZERO; C]);
+        for r in 0..x.rows {
+            let w = weight.map_or(A::ONE, |w| w[r]);
+            let (x, dy) = (&x.row(r)[..C], &dy.row(r)[..C]);
+            for l in 0..C {
+                let dy = dy[l] * w;
+                g[l] += dy;
+                gx[l] = fma::<_, FMA>(dy, x[l] - high[l], gx[l]);
+            }
+        }
+        (g, gx)
+    }
+}
+
 /// `Slope` of every folded column, each field an array.
 struct Line<A> {
     high: Vec<A>,
@@ -190,7 +214,7 @@ struct Line<A> {
 
 impl<T: Element> Backward<'_, T> {
     #[inline(always)]
-    fn line<const FMA: bool>(&mut self, sheet: &Sheet, buffers: &mut Buffers<T>) -> Line<T::Acc> {
+    fn line(&mut self, sheet: &Sheet, buffers: &mut Buffers<T>) -> Line<T::Acc> {
         let input = &self.input;
         let spans = match input.params.form {
             Form::Spans(span) => Some(span),
@@ -199,7 +223,7 @@ impl<T: Element> Backward<'_, T> {
         let sums = match self.means {
             MeansFrom::Given(_) => None,
             MeansFrom::Fixed if spans.is_none() || self.slots.is_none() => None,
-            _ => Some(ColumnSums::of::<T, FMA>(input, sheet, buffers)),
+            _ => Some(ColumnSums::of(input, sheet, buffers)),
         };
         let zeros = || vec![T::Acc::ZERO; sheet.columns];
         let mut line =

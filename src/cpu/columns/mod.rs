@@ -5,8 +5,8 @@
 
 pub(in crate::cpu) mod backward;
 
-use crate::cpu::element::{fma, Element, Float};
-use crate::cpu::level::Kernel;
+use crate::cpu::element::{fma, Element, Float, Panel};
+use crate::cpu::level::{Kernel, Level};
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
@@ -107,7 +107,8 @@ pub(in crate::cpu) struct ColumnMoments<A> {
 
 impl<A: Float> ColumnMoments<A> {
     #[inline(always)]
-    pub fn of<T: Element<Acc = A>, const W: usize, const FMA: bool>(
+    pub fn of<T: Element<Acc = A>>(
+        level: Level,
         g: &Geometry,
         x: &[T],
         sheet: &Sheet,
@@ -124,10 +125,10 @@ impl<A: Float> ColumnMoments<A> {
         let mut at = 0;
         while at < n {
             at = match n - at {
-                64.. => m.panels::<T, W, FMA, 64>(g, x, sheet, at, at, buffer),
+                64.. => m.panels::<T, 64>(level, g, x, sheet, at, at, buffer),
                 // The last vector again; what it did already is not merged twice.
-                1.. if n >= 16 => m.panels::<T, W, FMA, 16>(g, x, sheet, at.min(n - 16), at, buffer),
-                _ => m.panels::<T, W, FMA, 1>(g, x, sheet, at, at, buffer),
+                1.. if n >= 16 => m.panels::<T, 16>(level, g, x, sheet, at.min(n - 16), at, buffer),
+                _ => m.panels::<T, 1>(level, g, x, sheet, at, at, buffer),
             };
         }
         for j in 0..sheet.extra {
@@ -144,8 +145,9 @@ impl<A: Float> ColumnMoments<A> {
 
     /// Moments of `C` columns from `from` on; keeps those from `keep` on. Returns the end.
     #[inline(always)]
-    fn panels<T: Element<Acc = A>, const W: usize, const FMA: bool, const C: usize>(
+    fn panels<T: Element<Acc = A>, const C: usize>(
         &mut self,
+        level: Level,
         g: &Geometry,
         x: &[T],
         sheet: &Sheet,
@@ -158,25 +160,7 @@ impl<A: Float> ColumnMoments<A> {
             let rows = PANEL_ROWS.min(sheet.rows - r);
             let panel = &x[sheet.first + r * sheet.stride + from..];
             let panel = T::panel(panel, sheet.stride, rows, C, buffer);
-            let mut offset = [A::ZERO; C];
-            if g.center {
-                for r in 0..rows {
-                    let row = panel.row(r);
-                    for l in 0..C {
-                        offset[l] += row[l] - pivot[l];
-                    }
-                }
-                let share = A::from64(1.0 / rows as f64);
-                offset.iter_mut().for_each(|o| *o *= share);
-            }
-            let mut m2 = [A::ZERO; C];
-            for r in 0..rows {
-                let row = panel.row(r);
-                for l in 0..C {
-                    let d = (row[l] - pivot[l]) - offset[l];
-                    m2[l] = fma::<_, FMA>(d, d, m2[l]);
-                }
-            }
+            let (offset, m2) = level.run(PanelMoments { x: panel, pivot, center: g.center });
             let (before, n) = (r as f64, (r + rows) as f64);
             let share = rows as f64 / n;
             for l in keep - from..C {
@@ -207,8 +191,45 @@ impl<A: Float> ColumnMoments<A> {
     }
 }
 
+/// Offsets from the pivot and sums of squared deviations of the `C` columns of a panel.
+struct PanelMoments<'a, A, const C: usize> {
+    x: Panel<'a, A>,
+    pivot: [A; C],
+    center: bool,
+}
+
+impl<A: Float, const C: usize> Kernel for PanelMoments<'_, A, C> {
+    type Output = ([A; C], [A; C]);
+
+    #[inline(always)]
+    fn run<const W: usize, const FMA: bool>(self) -> Self::Output {
+        let PanelMoments { x, pivot, center } = self;
+        let mut offset = [A::ZERO; C];
+        if center {
+            for r in 0..x.rows {
+                let row = &x.row(r)[..C];
+                for l in 0..C {
+                    offset[l] += row[l] - pivot[l];
+                }
+            }
+            let share = A::from64(1.0 / x.rows as f64);
+            offset.iter_mut().for_each(|o| *o *= share);
+        }
+        let mut m2 = [A::ZERO; C];
+        for r in 0..x.rows {
+            let row = &x.row(r)[..C];
+            for l in 0..C {
+                let d = (row[l] - pivot[l]) - offset[l];
+                m2[l] = fma::<_, FMA>(d, d, m2[l]);
+            }
+        }
+        (offset, m2)
+    }
+}
+
 /// Moments of every set's part in a tile, for sets that are cut.
 pub(in crate::cpu) struct Partial<'a, T: Element> {
+    pub level: Level,
     pub g: &'a Geometry,
     pub x: &'a [T],
     pub tile: &'a Tile,
@@ -223,7 +244,7 @@ impl<T: Element> Kernel for Partial<'_, T> {
         let mut buffer = T::buffer();
         let mut out = self.out.iter_mut();
         for sheet in sheets(self.g, self.tile) {
-            let moments = ColumnMoments::of::<T, W, FMA>(self.g, self.x, &sheet, &mut buffer);
+            let moments = ColumnMoments::of(self.level, self.g, self.x, &sheet, &mut buffer);
             for ((_, columns), out) in sheet.sets(self.g).zip(&mut out) {
                 *out = moments.merged(&sheet, columns);
             }
@@ -233,6 +254,7 @@ impl<T: Element> Kernel for Partial<'_, T> {
 
 /// Normalizes a tile.
 pub(in crate::cpu) struct Forward<'a, T: Element> {
+    pub level: Level,
     pub g: &'a Geometry,
     pub eps: T::Acc,
     pub x: &'a [T],
@@ -252,7 +274,7 @@ impl<T: Element> Kernel for Forward<'_, T> {
         for sheet in sheets(g, self.tile) {
             let moments = match &self.stats {
                 Source::Given(_) => None,
-                Source::Tile(_) => Some(ColumnMoments::of::<T, W, FMA>(g, self.x, &sheet, &mut buffer)),
+                Source::Tile(_) => Some(ColumnMoments::of(self.level, g, self.x, &sheet, &mut buffer)),
             };
             let mut line = Line::new(sheet.columns);
             for (set, columns) in sheet.sets(g) {

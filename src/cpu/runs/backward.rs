@@ -3,8 +3,8 @@
 use super::{parts, Part};
 use crate::cpu::element::{fma, Element, Float, Panel};
 use crate::cpu::gradient::{Means, MeansFrom, Slope, Slots, Sums};
-use crate::cpu::lanes::Lanes;
-use crate::cpu::level::Kernel;
+use crate::cpu::lanes::Dots;
+use crate::cpu::level::{Kernel, Level};
 use crate::cpu::moments::{Stat, Stats};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
@@ -22,6 +22,7 @@ const GROUP_BYTES: usize = 128 << 10;
 /// Arguments of both kernels.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Input<'a, T: Element> {
+    pub level: Level,
     pub g: &'a Geometry,
     pub eps: T::Acc,
     pub x: &'a [T],
@@ -47,7 +48,7 @@ impl<T: Element> Kernel for Partial<'_, T> {
         let mut buffers = (T::buffer(), T::buffer());
         for (part, sums) in parts(self.input.g, self.input.tile).zip(self.sums) {
             let stat = self.input.stats.of(part.set);
-            *sums = self.input.sums::<W, FMA>(&part, stat, &mut self.slots, &mut buffers);
+            *sums = self.input.sums(&part, stat, &mut self.slots, &mut buffers);
         }
     }
 }
@@ -67,8 +68,8 @@ impl<T: Element> Kernel for Backward<'_, T> {
     fn run<const W: usize, const FMA: bool>(mut self) {
         let mut buffers = (T::buffer(), T::buffer());
         match self.input.params.form {
-            Form::Columns => self.by_columns::<W, FMA>(&mut buffers),
-            _ => self.by_spans::<W, FMA>(&mut buffers),
+            Form::Columns => self.by_columns::<FMA>(&mut buffers),
+            _ => self.by_spans::<FMA>(&mut buffers),
         }
     }
 }
@@ -78,7 +79,7 @@ type Buffers<T> = (<T as Element>::Buffer, <T as Element>::Buffer);
 impl<T: Element> Input<'_, T> {
     /// Weighted sums of a part; adds to the slots what belongs to its parameters.
     #[inline(always)]
-    fn sums<const W: usize, const FMA: bool>(
+    fn sums(
         &self,
         part: &Part,
         stat: Stat<T::Acc>,
@@ -88,10 +89,10 @@ impl<T: Element> Input<'_, T> {
         let mut sums = Sums::default();
         let Form::Spans(span) = self.params.form else {
             let weight = self.params.weight.as_deref();
-            for (rows, c) in part.panels() {
-                let weight = weight.map(|w| &w[c.clone()]);
-                let panels = self.panels(rows, c, buffers);
-                sums.add(weighted::<T::Acc, W, FMA>(panels, weight, stat.high), 1.0);
+            for (rows, columns) in part.panels() {
+                let weight = weight.map(|w| &w[columns.clone()]);
+                let [x, dy] = self.panels(rows, columns, buffers);
+                sums.add(self.level.run(Dots { x, dy, weight, high: stat.high }), 1.0);
             }
             return sums;
         };
@@ -100,9 +101,9 @@ impl<T: Element> Input<'_, T> {
         for (p, columns) in part.spans(span) {
             let piece = Part { columns, ..part.clone() };
             let mut own = Sums::default();
-            for (rows, c) in piece.panels() {
-                let panels = self.panels(rows, c, buffers);
-                own.add(weighted::<T::Acc, W, FMA>(panels, None, stat.high), 1.0);
+            for (rows, columns) in piece.panels() {
+                let [x, dy] = self.panels(rows, columns, buffers);
+                own.add(self.level.run(Dots { x, dy, weight: None, high: stat.high }), 1.0);
             }
             let weight = self.params.weight(p).to64();
             sums.g += own.g * weight;
@@ -115,7 +116,7 @@ impl<T: Element> Input<'_, T> {
         sums
     }
 
-    /// x and dy of a panel.
+    /// A panel of x and the same of dy.
     #[inline(always)]
     fn panels<'b>(
         &'b self,
@@ -123,49 +124,17 @@ impl<T: Element> Input<'_, T> {
         columns: Range<usize>,
         buffers: &'b mut Buffers<T>,
     ) -> [Panel<'b, T::Acc>; 2] {
-        let width = self.g.width;
-        let at = rows.start * width + columns.start;
-        let x = T::panel(&self.x[at..], width, rows.len(), columns.len(), &mut buffers.0);
-        let dy = T::panel(&self.dy[at..], width, rows.len(), columns.len(), &mut buffers.1);
+        let at = rows.start * self.g.width + columns.start;
+        let (r, len) = (rows.len(), columns.len());
+        let x = T::panel(&self.x[at..], self.g.width, r, len, &mut buffers.0);
+        let dy = T::panel(&self.dy[at..], self.g.width, r, len, &mut buffers.1);
         [x, dy]
     }
 }
 
-/// Sums of `g` and `g * (x - high)` over a panel, `g = dy * weight`.
-#[inline(always)]
-fn weighted<A: Float, const W: usize, const FMA: bool>(
-    [x, dy]: [Panel<A>; 2],
-    weight: Option<&[A]>,
-    high: A,
-) -> [A; 2] {
-    let mut lanes = Lanes::<A, 2, W>::new();
-    match weight {
-        None => {
-            let (x, dy) = (x.flat(), dy.flat());
-            for r in 0..x.rows {
-                lanes
-                    .add([x.row(r), dy.row(r)], |[x, dy], [g, gx]| [g + dy, fma::<_, FMA>(dy, x - high, gx)]);
-            }
-        }
-        Some(weight) => {
-            for r in 0..x.rows {
-                lanes.add([x.row(r), dy.row(r), weight], |[x, dy, w], [g, gx]| {
-                    let dy = dy * w;
-                    [g + dy, fma::<_, FMA>(dy, x - high, gx)]
-                });
-            }
-        }
-    }
-    lanes.total()
-}
-
 impl<T: Element> Backward<'_, T> {
     #[inline(always)]
-    fn slope<const W: usize, const FMA: bool>(
-        &mut self,
-        part: &Part,
-        buffers: &mut Buffers<T>,
-    ) -> Slope<T::Acc> {
+    fn slope(&mut self, part: &Part, buffers: &mut Buffers<T>) -> Slope<T::Acc> {
         let stat = self.input.stats.of(part.set);
         let rstd = stat.rstd(self.input.eps);
         // Sums by span are made here along with the set's; those by column later, along with dx.
@@ -174,7 +143,7 @@ impl<T: Element> Backward<'_, T> {
             MeansFrom::Given(means) => means[part.set],
             MeansFrom::Fixed if !spans || self.slots.is_none() => Means::ZERO,
             MeansFrom::Fixed | MeansFrom::Tile => {
-                let sums = self.input.sums::<W, FMA>(part, stat, &mut self.slots, buffers);
+                let sums = self.input.sums(part, stat, &mut self.slots, buffers);
                 let g = self.input.g;
                 match self.means {
                     MeansFrom::Fixed => Means::ZERO,
@@ -186,11 +155,11 @@ impl<T: Element> Backward<'_, T> {
     }
 
     #[inline(always)]
-    fn by_spans<const W: usize, const FMA: bool>(&mut self, buffers: &mut Buffers<T>) {
+    fn by_spans<const FMA: bool>(&mut self, buffers: &mut Buffers<T>) {
         let Input { g, x, dy, params, tile, .. } = self.input;
         let Form::Spans(span) = params.form else { return };
         for part in parts(g, tile) {
-            let s = self.slope::<W, FMA>(&part, buffers);
+            let s = self.slope(&part, buffers);
             let Some(dx) = &mut self.dx else { continue };
             for row in part.rows.clone() {
                 for (p, c) in part.spans(span) {
@@ -203,7 +172,7 @@ impl<T: Element> Backward<'_, T> {
     }
 
     #[inline(always)]
-    fn by_columns<const W: usize, const FMA: bool>(&mut self, buffers: &mut Buffers<T>) {
+    fn by_columns<const FMA: bool>(&mut self, buffers: &mut Buffers<T>) {
         let (g, tile) = (self.input.g, self.input.tile);
         let bytes = 2 * size_of::<T>() * tile.columns.len();
         let group = (GROUP_BYTES / bytes).clamp(1, tile.rows.len());
@@ -218,7 +187,7 @@ impl<T: Element> Backward<'_, T> {
                 if g.rows == 1 {
                     let line = Tile { rows: row..row + 1, columns: tile.columns.clone() };
                     for part in parts(g, &line) {
-                        slopes.push(self.slope::<W, FMA>(&part, buffers));
+                        slopes.push(self.slope(&part, buffers));
                     }
                 } else {
                     // A set of several rows: all its rows are in the tile, or its means are given.
@@ -227,7 +196,7 @@ impl<T: Element> Backward<'_, T> {
                         let block = Tile { rows: row..end, columns: tile.columns.clone() };
                         whole.clear();
                         for part in parts(g, &block) {
-                            whole.push(self.slope::<W, FMA>(&part, buffers));
+                            whole.push(self.slope(&part, buffers));
                         }
                     }
                     slopes.extend_from_slice(&whole);

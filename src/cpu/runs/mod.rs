@@ -8,8 +8,8 @@
 pub(in crate::cpu) mod backward;
 
 use crate::cpu::element::{fma, Element, Float, PANEL};
-use crate::cpu::lanes::Lanes;
-use crate::cpu::level::Kernel;
+use crate::cpu::lanes::{Squares, Sum};
+use crate::cpu::level::{Kernel, Level};
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
@@ -42,31 +42,27 @@ pub(in crate::cpu) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterato
 }
 
 impl Part {
-    /// Panels of at most `PANEL` elements: each one's rows and columns.
-    ///
-    /// An iterator, as `spans` is, and not a function that takes a closure: a closure is not
-    /// `#[inline(always)]`, and one that stays a function is compiled for the baseline alone.
+    // Iterators rather than functions that take a closure: a closure as large as a kernel's inner part
+    // would be compiled apart, for the baseline.
+
+    /// Rows and columns of panels of at most `PANEL` elements.
     #[inline(always)]
     pub fn panels(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let (all_rows, all_columns) = (self.rows.clone(), self.columns.clone());
-        let len = all_columns.len();
+        let len = self.columns.len();
         let (down, across) = ((PANEL / len).max(1), len.min(PANEL));
-        all_rows.clone().step_by(down).flat_map(move |r| {
-            let rows = r..(r + down).min(all_rows.end);
-            let end = all_columns.end;
-            all_columns.clone().step_by(across).map(move |c| (rows.clone(), c..(c + across).min(end)))
+        let (rows, columns) = (self.rows.clone(), self.columns.clone());
+        rows.clone().step_by(down).flat_map(move |r| {
+            let (rows, end) = (r..(r + down).min(rows.end), columns.end);
+            columns.clone().step_by(across).map(move |c| (rows.clone(), c..(c + across).min(end)))
         })
     }
 
-    /// Pieces of a row in which the parameter is the same: the parameter, and the columns.
+    /// Parameters, and the columns that have each.
     #[inline(always)]
     pub fn spans(&self, span: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
-        let Range { start: mut at, end: last } = self.columns;
-        std::iter::from_fn(move || {
-            let (p, from) = (at / span, at);
-            at = ((p + 1) * span).min(last);
-            (from < last).then_some((p, from..at))
-        })
+        let Range { start, end } = self.columns;
+        let params = start / span..end.div_ceil(span);
+        params.map(move |p| (p, start.max(p * span)..end.min((p + 1) * span)))
     }
 }
 
@@ -82,7 +78,8 @@ pub(in crate::cpu) fn pivot<T: Element>(g: &Geometry, x: &[T], set: usize) -> T:
 
 /// Moments of a part about the set's pivot; about zero without centering.
 #[inline(always)]
-pub(in crate::cpu) fn moments<T: Element, const W: usize, const FMA: bool>(
+pub(in crate::cpu) fn moments<T: Element>(
+    level: Level,
     g: &Geometry,
     x: &[T],
     part: &Part,
@@ -96,26 +93,18 @@ pub(in crate::cpu) fn moments<T: Element, const W: usize, const FMA: bool>(
         let panel = T::panel(from, g.width, rows.len(), columns.len(), buffer).flat();
         let mut offset = T::Acc::ZERO;
         if g.center {
-            let mut sum = Lanes::<T::Acc, 1, W>::new();
-            for r in 0..panel.rows {
-                sum.add([panel.row(r)], |[x], [sum]| [sum + (x - pivot)]);
-            }
-            offset = T::Acc::from64(sum.total()[0].to64() / n as f64);
+            let sum = level.run(Sum { x: panel, pivot });
+            offset = T::Acc::from64(sum.to64() / n as f64);
         }
-        let mut squares = Lanes::<T::Acc, 1, W>::new();
-        for r in 0..panel.rows {
-            squares.add([panel.row(r)], |[x], [sum]| {
-                let d = (x - pivot) - offset;
-                [fma::<_, FMA>(d, d, sum)]
-            });
-        }
-        moments.merge(Moments { n: n as f64, offset: offset.to64(), m2: squares.total()[0].to64() });
+        let m2 = level.run(Squares { x: panel, pivot, offset });
+        moments.merge(Moments { n: n as f64, offset: offset.to64(), m2: m2.to64() });
     }
     moments
 }
 
 /// Moments of every part of a set in a tile, for sets that are cut.
 pub(in crate::cpu) struct Partial<'a, T: Element> {
+    pub level: Level,
     pub g: &'a Geometry,
     pub x: &'a [T],
     pub tile: &'a Tile,
@@ -129,13 +118,14 @@ impl<T: Element> Kernel for Partial<'_, T> {
     fn run<const W: usize, const FMA: bool>(self) {
         let mut buffer = T::buffer();
         for (part, out) in parts(self.g, self.tile).zip(self.out) {
-            *out = moments::<T, W, FMA>(self.g, self.x, &part, &mut buffer);
+            *out = moments(self.level, self.g, self.x, &part, &mut buffer);
         }
     }
 }
 
 /// Normalizes a tile.
 pub(in crate::cpu) struct Forward<'a, T: Element> {
+    pub level: Level,
     pub g: &'a Geometry,
     pub eps: T::Acc,
     pub x: &'a [T],
@@ -155,7 +145,7 @@ impl<T: Element> Kernel for Forward<'_, T> {
             let stat = match &self.stats {
                 Source::Given(stats) => stats.of(part.set),
                 Source::Tile(_) => {
-                    let moments = moments::<T, W, FMA>(self.g, self.x, &part, &mut buffer);
+                    let moments = moments(self.level, self.g, self.x, &part, &mut buffer);
                     Stat::of(pivot(self.g, self.x, part.set), moments)
                 }
             };
