@@ -24,12 +24,16 @@ mod gradients;
 mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
+#[cfg(feature = "nccl")]
+mod nccl;
 mod tcp;
 
 pub use gradients::{all_reduce_gradients, broadcast_vars, Parameters};
 pub use local::LocalGroup;
 #[cfg(feature = "mpi")]
 pub use mpi::MpiGroup;
+#[cfg(feature = "nccl")]
+pub use nccl::NcclGroup;
 pub use tcp::TcpGroup;
 
 use candle_core::{bail, Error, Result, Tensor};
