@@ -1,8 +1,8 @@
 //! The CPU kernels.
 //!
 //! They know a `Geometry` and slices, and nothing of tensors, graphs or other devices.
-// Loops by index become vectors more surely than zipped ones; the pairs of optional buffers are said once.
-#![allow(clippy::needless_range_loop, clippy::type_complexity)]
+// Loops by index become vectors more surely than zipped ones; kernels take what they touch, and the pairs of optional buffers are said once.
+#![allow(clippy::needless_range_loop, clippy::type_complexity, clippy::too_many_arguments)]
 
 mod backward;
 mod columns;
