@@ -8,9 +8,7 @@
 use anyhow::{bail, Context, Result};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaEvent, CudaStream};
-use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var,
-};
+use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use candle_nn::{Module, ModuleT};
 use candle_norm::__bench::{Alone, Kind};
 use candle_norm::functional as norm;
@@ -37,7 +35,8 @@ fn main() -> Result<()> {
         let answer = match words[..] {
             ["device"] => gpu.describe()?,
             ["open", row, file] => {
-                open = None;
+                // The row before gives its memory back first.
+                drop(open.take());
                 let opened = Open::new(&gpu, serde_json::from_str(row)?)?;
                 if !file.is_empty() {
                     opened.save(file)?;
@@ -62,17 +61,15 @@ fn main() -> Result<()> {
 
 struct Gpu {
     device: Device,
-    cuda: CudaDevice,
     stream: Arc<CudaStream>,
     l2: usize,
 }
 
 impl Gpu {
     fn new(device: Device) -> Result<Self> {
-        let cuda = device.as_cuda_device()?.clone();
-        let stream = cuda.cuda_stream();
+        let stream = device.as_cuda_device()?.cuda_stream();
         let l2 = stream.context().attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
-        Ok(Self { device, cuda, stream, l2: l2 as usize })
+        Ok(Self { device, stream, l2: l2 as usize })
     }
 
     fn describe(&self) -> Result<Value> {
@@ -291,13 +288,11 @@ impl<'a> Open<'a> {
         let n = self.x.len();
         let mut ring = Ring::new(n);
         match (contender, figure) {
-            ("copy", _) => {
-                self.gpu.time(calls, |i| Ok(ring.keep(self.x[i % n].as_detached_tensor().copy()?)))
-            }
+            ("copy", _) => self.gpu.time(calls, |i| ring.keep(self.x[i % n].as_detached_tensor().copy()?)),
             (_, "forward") => {
                 let layer = self.layer(contender, false)?;
                 let x: Vec<_> = self.x.iter().map(|x| x.as_detached_tensor()).collect();
-                self.gpu.time(calls, |i| Ok(ring.keep(layer(&x[i % n])?)))
+                self.gpu.time(calls, |i| ring.keep(layer(&x[i % n])?))
             }
             ("candle-norm", "backward") => {
                 let kind = self.row.kind()?;
@@ -306,8 +301,7 @@ impl<'a> Open<'a> {
                 let ops = self.x.iter().map(|x| alone(x)).collect::<candle_core::Result<Vec<_>>>()?;
                 self.gpu.time(calls, |i| {
                     let gradients = ops[i % n].backward(&self.dy[i % n])?;
-                    gradients.into_iter().flatten().take(1).for_each(|dx| ring.keep(dx));
-                    Ok(())
+                    gradients.into_iter().flatten().take(1).try_for_each(|dx| ring.keep(dx))
                 })
             }
             (_, "step") if self.row.norm != "BatchNormEval" => {
@@ -315,7 +309,7 @@ impl<'a> Open<'a> {
                 self.gpu.time(calls, |i| {
                     let y = layer(&self.x[i % n])?;
                     step(&y, &self.dy[i % n])?;
-                    Ok(ring.keep(y.detach()))
+                    ring.keep(y.detach())
                 })
             }
             (_, "graph") => self.graph(contender, calls),
@@ -351,11 +345,12 @@ impl Ring {
         Self { kept: VecDeque::with_capacity(len), len }
     }
 
-    fn keep(&mut self, t: Tensor) {
+    fn keep(&mut self, t: Tensor) -> Result<()> {
         if self.kept.len() == self.len {
             self.kept.pop_front();
         }
         self.kept.push_back(t);
+        Ok(())
     }
 }
 
