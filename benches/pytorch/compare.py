@@ -258,6 +258,8 @@ def options():
 
 
 def main():
+    # Ends through atexit, as everything else that ends this program does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     chosen = options()
     worker = build_worker()
     chosen.out.mkdir(parents=True, exist_ok=True)
