@@ -6,6 +6,9 @@
 
 #[path = "suite/distributed/cases.rs"]
 mod cases;
+#[allow(dead_code)] // the suite's; only the recorded files are read here
+#[path = "suite/common.rs"]
+mod common;
 #[path = "suite/distributed/support.rs"]
 mod support;
 #[path = "suite/distributed/training.rs"]
