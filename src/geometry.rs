@@ -59,6 +59,12 @@ impl Geometry {
         self.width.checked_div(self.run).unwrap_or(0)
     }
 
+    /// Where the first element of a set lies.
+    pub fn first(&self, set: usize) -> usize {
+        let spo = self.sets_per_outer();
+        set / spo * self.block_len() + set % spo * self.run
+    }
+
     /// Elements in a set.
     pub fn set_len(&self) -> usize {
         self.rows * self.run

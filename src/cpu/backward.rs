@@ -127,8 +127,8 @@ impl<'a, T: Element> Call<'a, T> {
     }
 
     fn input<'b>(&'b self, tile: &'b Tile) -> Input<'b, T> {
-        let Call { level, g, eps, x, dy, params, stats } = self;
-        Input { level: *level, g, eps: *eps, x, dy, params, stats: Stats(stats), tile }
+        let Call { g, eps, x, dy, params, stats, .. } = self;
+        Input { g, eps: *eps, x, dy, params, stats: Stats(stats), tile }
     }
 
     /// dx and parameter sums where the statistics depend on x.

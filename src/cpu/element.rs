@@ -1,18 +1,24 @@
 //! Element types: how each widens into the type it is accumulated in, and how it rounds back.
 //!
-//! f16 and bf16 are converted by integer arithmetic, which vectorizes at every level and is the same
-//! on every machine; `half`'s scalar conversions would be calls.
+//! f16 and bf16 are converted by integer arithmetic, which the compiler can vectorize where a level has
+//! no instruction for it; `half`'s scalar conversions would be calls.
 
+use super::vector::{Convert, Simd, Vector};
 use candle_core::{bail, CpuStorage, Result, WithDType};
 use half::{bf16, f16};
 use std::borrow::Cow;
+use std::mem::MaybeUninit;
 use std::ops::Neg;
 
-/// Elements of a panel: small enough that one and its widened copy stay in the first-level cache.
+/// Elements of a panel: few enough that the first-level cache keeps them between two passes.
 pub(super) const PANEL: usize = 4096;
+
+/// The vector in which elements of type `T` are computed with.
+pub(super) type V<S, T> = <<T as Element>::Acc as Float>::V<S>;
 
 /// A type that sums are made in: f32, or f64 for f64 elements.
 pub(super) trait Float: Element<Acc = Self> + Neg<Output = Self> {
+    type V<S: Simd>: Vector<Lane = Self>;
     const ZERO: Self;
     const ONE: Self;
     fn fused(self, b: Self, c: Self) -> Self;
@@ -21,9 +27,32 @@ pub(super) trait Float: Element<Acc = Self> + Neg<Output = Self> {
     fn from64(x: f64) -> Self;
 }
 
+/// The rest of `Element`: what the level's vectors can do.
+macro_rules! through_vectors {
+    ($vector:ident) => {
+        #[inline(always)]
+        fn load<S: Simd>(x: &[Self]) -> S::$vector {
+            <S::$vector as Convert<Self, Self::Acc>>::load(x)
+        }
+        #[inline(always)]
+        fn load_part<S: Simd>(x: &[Self]) -> S::$vector {
+            <S::$vector as Convert<Self, Self::Acc>>::load_part(x)
+        }
+        #[inline(always)]
+        fn store<S: Simd>(v: S::$vector, y: &mut [MaybeUninit<Self>]) {
+            Convert::<Self, Self::Acc>::store(v, y)
+        }
+        #[inline(always)]
+        fn store_part<S: Simd>(v: S::$vector, y: &mut [MaybeUninit<Self>]) {
+            Convert::<Self, Self::Acc>::store_part(v, y)
+        }
+    };
+}
+
 macro_rules! float {
-    ($t:ty) => {
+    ($t:ty, $vector:ident) => {
         impl Float for $t {
+            type V<S: Simd> = S::$vector;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             #[inline(always)]
@@ -46,8 +75,6 @@ macro_rules! float {
 
         impl Element for $t {
             type Acc = $t;
-            type Buffer = ();
-            fn buffer() {}
             #[inline(always)]
             fn widen(self) -> $t {
                 self
@@ -56,86 +83,32 @@ macro_rules! float {
             fn narrow(x: $t) -> $t {
                 x
             }
-            #[inline(always)]
-            fn panel<'a>(
-                x: &'a [$t],
-                stride: usize,
-                rows: usize,
-                len: usize,
-                _: &'a mut (),
-            ) -> Panel<'a, $t> {
-                Panel { data: x, stride, rows, len }
-            }
+            through_vectors!($vector);
         }
     };
 }
 
-float!(f32);
-float!(f64);
-
-/// `a * b + c`, rounded once where the level can.
-#[inline(always)]
-pub(super) fn fma<A: Float, const FMA: bool>(a: A, b: A, c: A) -> A {
-    if FMA {
-        a.fused(b, c)
-    } else {
-        a * b + c
-    }
-}
-
-/// `rows` rows of `len` elements, `stride` apart.
-#[derive(Clone, Copy)]
-pub(super) struct Panel<'a, A> {
-    pub data: &'a [A],
-    pub stride: usize,
-    pub rows: usize,
-    pub len: usize,
-}
-
-impl<'a, A> Panel<'a, A> {
-    #[inline(always)]
-    pub fn row(&self, r: usize) -> &'a [A] {
-        &self.data[r * self.stride..][..self.len]
-    }
-
-    /// The same elements in fewer rows: one, where nothing lies between the rows.
-    #[inline(always)]
-    pub fn flat(self) -> Self {
-        if self.stride == self.len {
-            Panel { rows: 1.min(self.rows), len: self.rows * self.len, ..self }
-        } else {
-            self
-        }
-    }
-}
+float!(f32, F32);
+float!(f64, F64);
 
 /// A type of tensor elements.
 pub(super) trait Element: WithDType {
     type Acc: Float;
-    /// Room for a widened panel; nothing for types that are accumulated as they are.
-    type Buffer;
-    fn buffer() -> Self::Buffer;
     fn widen(self) -> Self::Acc;
     /// Rounds to nearest, ties to even.
     fn narrow(x: Self::Acc) -> Self;
-    /// At most `PANEL` elements, widened: those of `x`, or dense copies in `buffer`.
-    fn panel<'a>(
-        x: &'a [Self],
-        stride: usize,
-        rows: usize,
-        len: usize,
-        buffer: &'a mut Self::Buffer,
-    ) -> Panel<'a, Self::Acc>;
+    /// A full vector of elements.
+    fn load<S: Simd>(x: &[Self]) -> V<S, Self>;
+    /// Fewer; zero in the other lanes.
+    fn load_part<S: Simd>(x: &[Self]) -> V<S, Self>;
+    fn store<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
+    fn store_part<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
 }
 
 macro_rules! half {
     ($t:ty, $widen:ident, $narrow:ident) => {
         impl Element for $t {
             type Acc = f32;
-            type Buffer = [f32; PANEL];
-            fn buffer() -> [f32; PANEL] {
-                [0.0; PANEL]
-            }
             #[inline(always)]
             fn widen(self) -> f32 {
                 $widen(self.to_bits())
@@ -144,22 +117,7 @@ macro_rules! half {
             fn narrow(x: f32) -> $t {
                 <$t>::from_bits($narrow(x))
             }
-            #[inline(always)]
-            fn panel<'a>(
-                x: &'a [$t],
-                stride: usize,
-                rows: usize,
-                len: usize,
-                buffer: &'a mut [f32; PANEL],
-            ) -> Panel<'a, f32> {
-                for r in 0..rows {
-                    let to = &mut buffer[r * len..][..len];
-                    for (to, from) in to.iter_mut().zip(&x[r * stride..][..len]) {
-                        *to = from.widen();
-                    }
-                }
-                Panel { data: buffer, stride: len, rows, len }
-            }
+            through_vectors!(F32);
         }
     };
 }

@@ -80,15 +80,15 @@ fn statistics_of_cut_sets<T: Element>(level: Level, norm: &Norm, x: &[T], cut: &
     let mut partial = vec![Moments::default(); counts().sum()];
     let work: Vec<_> = tiles.iter().zip(split(&mut partial, counts())).collect();
     each(work, |(tile, out)| match Walk::of(g) {
-        Walk::Runs => level.run(runs::Partial { level, g, x, tile, out }),
-        Walk::Columns => level.run(columns::Partial { level, g, x, tile, out }),
+        Walk::Runs => level.run(runs::Partial { g, x, tile, out }),
+        Walk::Columns => level.run(columns::Partial { g, x, tile, out }),
     });
     let mut merged = vec![Moments::default(); g.sets()];
     let sets = tiles.iter().flat_map(|t| t.sets(g));
     sets.zip(&partial).for_each(|(set, m)| merged[set].merge(*m));
     let mut stats = vec![T::Acc::ZERO; 3 * g.sets()];
     for (s, moments) in merged.into_iter().enumerate() {
-        let pivot = if x.is_empty() { T::Acc::ZERO } else { runs::pivot(g, x, s) };
+        let pivot = if x.is_empty() { T::Acc::ZERO } else { runs::pivot(g, x, g.first(s)) };
         let stat = Stat::of(pivot, moments);
         (stats[s], stats[g.sets() + s], stats[2 * g.sets() + s]) = (stat.high, stat.low, stat.var);
     }
@@ -128,8 +128,8 @@ fn run<T: Element>(
 ) {
     let (g, eps) = (&norm.geometry, T::Acc::from64(norm.eps));
     match Walk::of(g) {
-        Walk::Runs => level.run(runs::Forward { level, g, eps, x, params, stats, tile, out }),
-        Walk::Columns => level.run(columns::Forward { level, g, eps, x, params, stats, tile, out }),
+        Walk::Runs => level.run(runs::Forward { g, eps, x, params, stats, tile, out }),
+        Walk::Columns => level.run(columns::Forward { g, eps, x, params, stats, tile, out }),
     }
 }
 

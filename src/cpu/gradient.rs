@@ -9,6 +9,7 @@
 
 use super::element::Float;
 use super::moments::Stat;
+use super::vector::{Simd, Vector};
 
 /// Sums of `g` and of `g * (x - high)`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -18,12 +19,6 @@ pub(super) struct Sums {
 }
 
 impl Sums {
-    #[inline(always)]
-    pub fn add<A: Float>(&mut self, [g, gx]: [A; 2], weight: f64) {
-        self.g += g.to64() * weight;
-        self.gx += gx.to64() * weight;
-    }
-
     /// The sum of `g * xhat`.
     #[inline(always)]
     pub fn dot<A: Float>(&self, stat: Stat<A>, rstd: A) -> f64 {
@@ -59,7 +54,7 @@ pub(super) enum MeansFrom<'a, A> {
     Fixed,
 }
 
-/// What turns dy and x into dx for one set.
+/// What turns dy and x into dx for one set; in kernels each field is a vector of one value.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Slope<A> {
     pub high: A,
@@ -76,6 +71,29 @@ impl<A: Float> Slope<A> {
         let slope = -(rstd * (rstd * means.dot));
         let shift = -(rstd * means.g) - slope * stat.low;
         Slope { high: stat.high, rstd, slope, shift, centre: -(stat.low * rstd) }
+    }
+}
+
+impl<A: Float> Slope<A> {
+    #[inline(always)]
+    pub fn splat<S: Simd>(self) -> Slope<A::V<S>> {
+        let v = A::V::<S>::splat;
+        let Slope { high, rstd, slope, shift, centre } = self;
+        Slope { high: v(high), rstd: v(rstd), slope: v(slope), shift: v(shift), centre: v(centre) }
+    }
+}
+
+impl<V: Vector> Slope<V> {
+    /// dx, of `d = x - high` and `g = dy * weight`.
+    #[inline(always)]
+    pub fn gradient(&self, d: V, g: V) -> V {
+        g.fma(self.rstd, d.fma(self.slope, self.shift))
+    }
+
+    /// Adds `dy * xhat` and `dy`.
+    #[inline(always)]
+    pub fn add(&self, [dw, db]: [V; 2], d: V, dy: V) -> [V; 2] {
+        [dy.fma(d.fma(self.rstd, self.centre), dw), db + dy]
     }
 }
 

@@ -1,10 +1,13 @@
 //! SIMD levels: which exist, which one runs, and the one door from generic code into each.
 //!
-//! Kernels are written once in safe generic Rust over `W` lanes; `Level::run` compiles them for every
-//! level by inlining them into a function with that level's target features. Apart, because entering
+//! Kernels are written once in safe Rust, generic over the vectors of `vector/`; `Level::run` compiles them
+//! for every level by inlining them into a function with that level's target features. Apart, because entering
 //! such a function is the only unsafe step.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use super::vector::{Avx2, Avx512};
+use super::vector::{Portable, Simd};
 use candle_core::{bail, Result};
 use std::sync::OnceLock;
 
@@ -22,16 +25,13 @@ enum Instructions {
     Avx512,
 }
 
-/// A piece of work, generic over the lanes of a vector and over whether there is a fused multiply-add.
+/// A piece of work, generic over the vectors it is done with.
 pub(super) trait Kernel {
     type Output;
 
     /// `#[inline(always)]`, like all it calls: else it would be compiled for the baseline alone.
-    fn run<const W: usize, const FMA: bool>(self) -> Self::Output;
+    fn run<S: Simd>(self) -> Self::Output;
 }
-
-/// aarch64 has fused multiply-add in its baseline; x86-64 would call a library function for it.
-const BASELINE_FMA: bool = cfg!(target_arch = "aarch64");
 
 impl Level {
     /// The widest level here, or the one that `CANDLE_NORM_SIMD` names. Read once.
@@ -75,7 +75,9 @@ impl Level {
         let mut levels = vec![];
         #[cfg(target_arch = "x86_64")]
         {
-            let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+            let avx2 = is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c");
             let avx512 = is_x86_feature_detected!("avx512f")
                 && is_x86_feature_detected!("avx512bw")
                 && is_x86_feature_detected!("avx512dq")
@@ -94,9 +96,9 @@ impl Level {
     /// Runs `kernel` compiled for this level.
     pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
         match self.0 {
-            Instructions::Baseline => kernel.run::<4, BASELINE_FMA>(),
+            Instructions::Baseline => kernel.run::<Portable>(),
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `available` alone makes this value, after detecting AVX2 and FMA.
+            // SAFETY: `available` alone makes this value, after detecting the features below.
             Instructions::Avx2 => unsafe { avx2(kernel) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: `available` alone makes this value, after detecting the features below.
@@ -106,15 +108,13 @@ impl Level {
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma")]
-#[inline(never)] // small kernels run within larger ones, where the vectorizer would lose them
+#[target_feature(enable = "avx2,fma,f16c")]
 fn avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<8, true>()
+    kernel.run::<Avx2>()
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
-#[inline(never)]
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
 fn avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<16, true>()
+    kernel.run::<Avx512>()
 }

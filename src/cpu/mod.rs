@@ -9,16 +9,17 @@ mod columns;
 mod element;
 mod forward;
 mod gradient;
-mod lanes;
 mod level;
 mod moments;
 mod output;
 mod params;
 mod running;
 mod runs;
+mod streams;
 #[cfg(test)]
 mod tests;
 mod tile;
+mod vector;
 mod work;
 
 use crate::call::{Arg, Backward, Forward, Gradients, Norm};

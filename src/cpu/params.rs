@@ -7,15 +7,12 @@ use crate::geometry::{Affine, Geometry};
 use candle_core::{CpuStorage, Result};
 use std::borrow::Cow;
 
-/// Spans from this length on are scaled by a constant each; shorter ones by a vector per column.
-const LONG_SPAN: usize = 48;
-
 /// Which entry of weight and bias scales an element.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
     /// The one of its span: a constant over `span` columns.
     Spans(usize),
-    /// The one of its column; the arrays have `width` entries.
+    /// The one of its column, of a run of several; there always is a weight.
     Columns,
     /// The one of its row.
     Rows,
@@ -25,9 +22,7 @@ impl Form {
     pub fn of(g: &Geometry) -> Form {
         match g.affine {
             Affine::Row => Form::Rows,
-            Affine::Column { span } if span < LONG_SPAN && Walk::of(g) == Walk::Runs && span < g.run => {
-                Form::Columns
-            }
+            Affine::Column { span: 1 } if Walk::of(g) == Walk::Runs && g.run > 1 => Form::Columns,
             Affine::Column { span } => Form::Spans(span),
         }
     }
@@ -54,11 +49,7 @@ impl<'a, A: Float> Params<'a, A> {
             form => form,
         };
         let convert = |arg: &Option<Arg<'a, CpuStorage>>| {
-            let values = arg.as_ref().map(|arg| converted(arg, g.params())).transpose()?;
-            Ok::<_, candle_core::Error>(match (form, g.affine, values) {
-                (Form::Columns, Affine::Column { span: 2.. }, Some(values)) => Some(spread(&values, g)),
-                (_, _, values) => values,
-            })
+            arg.as_ref().map(|arg| converted(arg, g.params())).transpose()
         };
         let (mut weight, bias) = (convert(weight)?, convert(bias)?);
         if form == Form::Columns && weight.is_none() {
@@ -76,10 +67,4 @@ impl<'a, A: Float> Params<'a, A> {
     pub fn bias(&self, i: usize) -> A {
         self.bias.as_ref().map_or(A::ZERO, |b| b[i])
     }
-}
-
-/// A parameter per span as one per column.
-fn spread<'a, A: Float>(values: &[A], g: &Geometry) -> Cow<'a, [A]> {
-    let span = g.width / g.params();
-    values.iter().flat_map(|v| std::iter::repeat_n(*v, span)).collect()
 }

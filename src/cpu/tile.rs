@@ -33,8 +33,8 @@ pub(super) enum Walk {
 
 impl Walk {
     pub fn of(g: &Geometry) -> Walk {
-        // A run shorter than a vector or two is mostly tail; rows repay the merging of columns.
-        let short = g.rows > 1 && (g.run < 16 || g.run < 64 && g.rows >= 8);
+        // A run shorter than a vector is all tail; rows repay the merging of columns.
+        let short = g.rows > 1 && g.run < 16;
         if short || g.affine == Affine::Row {
             Walk::Columns
         } else {

@@ -1,18 +1,16 @@
 //! Backward kernels for sets of short runs.
 
-use super::{sheets, Sheet};
-use crate::cpu::element::{fma, Element, Float, Panel};
+use super::{each_band, places, sheets, spilled, Sheet, ACROSS, PANEL_ROWS, WIDEST};
+use crate::cpu::element::{Element, Float, PANEL, V};
 use crate::cpu::gradient::{Means, MeansFrom, Slope, Slots, Sums};
-use crate::cpu::lanes::Lanes;
 use crate::cpu::level::Kernel;
 use crate::cpu::output::OutTile;
 use crate::cpu::params::Form;
 use crate::cpu::runs::backward::Input;
+use crate::cpu::streams::{each_vector, get, put};
+use crate::cpu::vector::{Simd, Vector};
 use std::mem::MaybeUninit;
 use std::ops::Range;
-
-/// Rows whose sums are made in the accumulation type before they go on in f64.
-const PANEL_ROWS: usize = 64;
 
 /// Sums over a tile without dx: of its parameters, and of its sets.
 pub(in crate::cpu) struct Partial<'a, T: Element> {
@@ -26,11 +24,10 @@ impl<T: Element> Kernel for Partial<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(mut self) {
-        let mut buffers = (T::buffer(), T::buffer());
+    fn run<S: Simd>(mut self) {
         let (input, mut out) = (&self.input, self.sums.iter_mut());
         for sheet in sheets(input.g, input.tile) {
-            let columns = ColumnSums::of(input, &sheet, &mut buffers);
+            let columns = ColumnSums::of::<S, T>(input, &sheet);
             for ((set, c), out) in sheet.sets(input.g).zip(&mut out) {
                 *out = columns.merged(input, &sheet, set, c, &mut self.slots);
             }
@@ -50,20 +47,17 @@ impl<T: Element> Kernel for Backward<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(mut self) {
-        let mut buffers = (T::buffer(), T::buffer());
+    fn run<S: Simd>(mut self) {
         let rows = self.input.params.form == Form::Rows;
         for sheet in sheets(self.input.g, self.input.tile) {
-            let line = self.line(&sheet, &mut buffers);
+            let line = self.line::<S>(&sheet);
             if rows {
-                self.row_sums::<W, FMA>(&sheet, &line, &mut buffers);
+                self.row_sums::<S>(&sheet, &line);
             }
-            self.input_gradient::<FMA>(&sheet, &line);
+            self.input_gradient::<S>(&sheet, &line);
         }
     }
 }
-
-type Buffers<T> = (<T as Element>::Buffer, <T as Element>::Buffer);
 
 /// Sums of `g` and of `g * (x - high)` for every folded column; weights only where they are by row.
 struct ColumnSums {
@@ -73,7 +67,7 @@ struct ColumnSums {
 
 impl ColumnSums {
     #[inline(always)]
-    fn of<T: Element>(input: &Input<T>, sheet: &Sheet, buffers: &mut Buffers<T>) -> Self {
+    fn of<S: Simd, T: Element>(input: &Input<T>, sheet: &Sheet) -> Self {
         let n = sheet.columns;
         let mut sums = ColumnSums { g: vec![0.0; n], gx: vec![0.0; n] };
         let mut high = vec![T::Acc::ZERO; n];
@@ -81,15 +75,24 @@ impl ColumnSums {
             let stat = input.stats.of(set);
             sheet.folded(columns).for_each(|j| high[j] = stat.high);
         }
-        let mut at = 0;
-        while at < n {
-            at = match n - at {
-                32.. => sums.panels::<T, 32>(input, sheet, &high, at, at, buffers),
-                // The last vector again; what it did already is not added twice.
-                1.. if n >= 16 => sums.panels::<T, 16>(input, sheet, &high, at.min(n - 16), at, buffers),
-                _ => sums.panels::<T, 1>(input, sheet, &high, at, at, buffers),
-            };
-        }
+        let weights = match input.params.form {
+            Form::Rows => input.params.weight.as_deref(),
+            _ => None,
+        };
+        each_band!(V::<S, T>::W, n, |from, to, K| {
+            for r in (0..sheet.rows).step_by(PANEL_ROWS) {
+                let rows = PANEL_ROWS.min(sheet.rows - r);
+                let at = sheet.first + r * sheet.stride + from;
+                let weight = weights.map(|w| &w[sheet.row + r..sheet.row + r + rows]);
+                let panel = [&input.x[at..], &input.dy[at..]];
+                let high = &high[from..to];
+                let [g, gx] = panel_sums::<S, T, K>(panel, sheet.stride, rows, weight, high);
+                for l in 0..to - from {
+                    sums.g[from + l] += g[l].to64();
+                    sums.gx[from + l] += gx[l].to64();
+                }
+            }
+        });
         for j in 0..sheet.extra {
             let at = sheet.first + sheet.rows * sheet.stride + j;
             let dy = input.dy[at].widen();
@@ -97,38 +100,6 @@ impl ColumnSums {
             sums.gx[j] += (dy * (input.x[at].widen() - high[j])).to64();
         }
         sums
-    }
-
-    /// Sums of `C` columns from `from` on; keeps those from `keep` on. Returns the end.
-    #[inline(always)]
-    fn panels<T: Element, const C: usize>(
-        &mut self,
-        input: &Input<T>,
-        sheet: &Sheet,
-        high: &[T::Acc],
-        from: usize,
-        keep: usize,
-        buffers: &mut Buffers<T>,
-    ) -> usize {
-        let high: [T::Acc; C] = std::array::from_fn(|l| high[from + l]);
-        let by_row = input.params.form == Form::Rows;
-        for r in (0..sheet.rows).step_by(PANEL_ROWS) {
-            let rows = PANEL_ROWS.min(sheet.rows - r);
-            let at = sheet.first + r * sheet.stride + from;
-            let x = T::panel(&input.x[at..], sheet.stride, rows, C, &mut buffers.0);
-            let dy = T::panel(&input.dy[at..], sheet.stride, rows, C, &mut buffers.1);
-            let first = sheet.row + r;
-            let weight = match &input.params.weight {
-                Some(weight) if by_row => Some(&weight[first..first + rows]),
-                _ => None,
-            };
-            let (g, gx) = input.level.run(PanelSums { x, dy, weight, high });
-            for l in keep - from..C {
-                self.g[from + l] += g[l].to64();
-                self.gx[from + l] += gx[l].to64();
-            }
-        }
-        from + C
     }
 
     /// The weighted sums of a set's columns; adds to the slots what belongs to its parameters.
@@ -174,32 +145,33 @@ impl ColumnSums {
     }
 }
 
-/// Sums of `g` and `g * (x - high)` of the `C` columns of a panel, with weights by row.
-struct PanelSums<'a, A, const C: usize> {
-    x: Panel<'a, A>,
-    dy: Panel<'a, A>,
-    weight: Option<&'a [A]>,
-    high: [A; C],
-}
-
-impl<A: Float, const C: usize> Kernel for PanelSums<'_, A, C> {
-    type Output = ([A; C], [A; C]);
-
-    #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(self) -> Self::Output {
-        let PanelSums { x, dy, weight, high } = self;
-        let (mut g, mut gx) = ([A::ZERO; C], [A::ZERO; C]);
-        for r in 0..x.rows {
-            let w = weight.map_or(A::ONE, |w| w[r]);
-            let (x, dy) = (&x.row(r)[..C], &dy.row(r)[..C]);
-            for l in 0..C {
-                let dy = dy[l] * w;
-                g[l] += dy;
-                gx[l] = fma::<_, FMA>(dy, x[l] - high[l], gx[l]);
-            }
-        }
-        (g, gx)
+/// Sums of `g` and `g * (x - high)` of the columns of a panel of x and dy: as many as `high` has, in `K`
+/// vectors, with weights by row.
+#[inline(always)]
+fn panel_sums<S: Simd, T: Element, const K: usize>(
+    [x, dy]: [&[T]; 2],
+    stride: usize,
+    rows: usize,
+    weight: Option<&[T::Acc]>,
+    high: &[T::Acc],
+) -> [[T::Acc; WIDEST]; 2] {
+    let zero = V::<S, T>::splat(T::Acc::ZERO);
+    let n = high.len();
+    let at = places::<K>(V::<S, T>::W, n);
+    let (mut g, mut gx, mut highs) = ([zero; K], [zero; K], [zero; K]);
+    for k in 0..K {
+        highs[k] = get::<S, T::Acc>(high, at[k]);
     }
+    for r in 0..rows {
+        let w = V::<S, T>::splat(weight.map_or(T::Acc::ONE, |w| w[r]));
+        let (x, dy) = (&x[r * stride..][..n], &dy[r * stride..][..n]);
+        for k in 0..K {
+            let dy = get::<S, T>(dy, at[k]) * w;
+            g[k] = g[k] + dy;
+            gx[k] = dy.fma(get::<S, T>(x, at[k]) - highs[k], gx[k]);
+        }
+    }
+    [spilled::<S, T::Acc, K>(g, at), spilled::<S, T::Acc, K>(gx, at)]
 }
 
 /// `Slope` of every folded column, each field an array.
@@ -214,7 +186,7 @@ struct Line<A> {
 
 impl<T: Element> Backward<'_, T> {
     #[inline(always)]
-    fn line(&mut self, sheet: &Sheet, buffers: &mut Buffers<T>) -> Line<T::Acc> {
+    fn line<S: Simd>(&mut self, sheet: &Sheet) -> Line<T::Acc> {
         let input = &self.input;
         let spans = match input.params.form {
             Form::Spans(span) => Some(span),
@@ -223,7 +195,7 @@ impl<T: Element> Backward<'_, T> {
         let sums = match self.means {
             MeansFrom::Given(_) => None,
             MeansFrom::Fixed if spans.is_none() || self.slots.is_none() => None,
-            _ => Some(ColumnSums::of(input, sheet, buffers)),
+            _ => Some(ColumnSums::of::<S, T>(input, sheet)),
         };
         let zeros = || vec![T::Acc::ZERO; sheet.columns];
         let mut line =
@@ -259,37 +231,34 @@ impl<T: Element> Backward<'_, T> {
 
     /// Sums of parameters by row.
     #[inline(always)]
-    fn row_sums<const W: usize, const FMA: bool>(
-        &mut self,
-        sheet: &Sheet,
-        line: &Line<T::Acc>,
-        buffers: &mut Buffers<T>,
-    ) {
+    fn row_sums<S: Simd>(&mut self, sheet: &Sheet, line: &Line<T::Acc>) {
         let Some(slots) = &mut self.slots else { return };
+        let zero = V::<S, T>::splat(T::Acc::ZERO);
         for r in 0..sheet.rows {
-            let mut lanes = Lanes::<T::Acc, 2, W>::new();
-            for c in (0..sheet.columns).step_by(crate::cpu::element::PANEL) {
-                let end = (c + crate::cpu::element::PANEL).min(sheet.columns);
-                let at = sheet.first + r * sheet.stride + c;
-                let x: Panel<T::Acc> = T::panel(&self.input.x[at..], 0, 1, end - c, &mut buffers.0);
-                let dy: Panel<T::Acc> = T::panel(&self.input.dy[at..], 0, 1, end - c, &mut buffers.1);
-                let arrays =
-                    [x.row(0), dy.row(0), &line.high[c..end], &line.scale[c..end], &line.centre[c..end]];
-                lanes.add(arrays, |[x, dy, high, rstd, centre], [dw, db]| {
-                    let xhat = fma::<_, FMA>(x - high, rstd, centre);
-                    [fma::<_, FMA>(dy, xhat, dw), db + dy]
-                });
-            }
-            let [dw, db] = lanes.total();
             // The slots start at the tile's first row of a block.
             let slot = if self.input.tile.rows.len() >= self.input.g.rows { sheet.row + r } else { r };
-            slots.weight[slot] += dw;
-            slots.bias[slot] += db;
+            for c in (0..sheet.columns).step_by(PANEL) {
+                let end = (c + PANEL).min(sheet.columns);
+                let first = sheet.first + r * sheet.stride;
+                let (x, dy) = (&self.input.x[first..], &self.input.dy[first..]);
+                let (x, dy, high) = (&x[c..end], &dy[c..end], &line.high[c..end]);
+                let (scale, centre) = (&line.scale[c..end], &line.centre[c..end]);
+                let (mut dw, mut db) = (zero, zero);
+                each_vector!(V::<S, T>::W, end - c, |at| {
+                    let dy = get::<S, T>(dy, at);
+                    let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
+                    let xhat = d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(centre, at));
+                    dw = dy.fma(xhat, dw);
+                    db = db + dy;
+                });
+                slots.weight[slot] += dw.sum();
+                slots.bias[slot] += db.sum();
+            }
         }
     }
 
     #[inline(always)]
-    fn input_gradient<const FMA: bool>(&mut self, sheet: &Sheet, line: &Line<T::Acc>) {
+    fn input_gradient<S: Simd>(&mut self, sheet: &Sheet, line: &Line<T::Acc>) {
         let Some(dx) = &mut self.dx else { return };
         let Input { g, x, dy, params, .. } = self.input;
         for (r, at) in sheet.lines().enumerate().filter(|(_, at)| !at.is_empty()) {
@@ -304,13 +273,13 @@ impl<T: Element> Backward<'_, T> {
                 Form::Rows => params.weight(sheet.row + r),
                 _ => T::Acc::ONE,
             };
-            by_columns::<T, FMA>(&x[at.clone()], &dy[at], line, weight, dx);
+            by_columns::<S, T>(&x[at.clone()], &dy[at], line, weight, dx);
         }
     }
 }
 
 #[inline(always)]
-fn by_columns<T: Element, const FMA: bool>(
+fn by_columns<S: Simd, T: Element>(
     x: &[T],
     dy: &[T],
     line: &Line<T::Acc>,
@@ -321,8 +290,11 @@ fn by_columns<T: Element, const FMA: bool>(
     let (dy, dx) = (&dy[..n], &mut dx[..n]);
     let (high, scale) = (&line.high[..n], &line.scale[..n]);
     let (slope, shift) = (&line.slope[..n], &line.shift[..n]);
-    for i in 0..n {
-        let line = fma::<_, FMA>(x[i].widen() - high[i], slope[i], shift[i]);
-        dx[i].write(T::narrow(fma::<_, FMA>(dy[i].widen() * weight, scale[i], line)));
-    }
+    let weight = V::<S, T>::splat(weight);
+    each_vector!(V::<S, T>::W, n, |at| {
+        let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
+        let line = d.fma(get::<S, T::Acc>(slope, at), get::<S, T::Acc>(shift, at));
+        let g = get::<S, T>(dy, at) * weight;
+        put::<S, T>(dx, at, g.fma(get::<S, T::Acc>(scale, at), line));
+    })
 }

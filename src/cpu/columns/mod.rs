@@ -5,19 +5,25 @@
 
 pub(in crate::cpu) mod backward;
 
-use crate::cpu::element::{fma, Element, Float, Panel};
-use crate::cpu::level::{Kernel, Level};
+use crate::cpu::element::{Element, Float, V};
+use crate::cpu::level::Kernel;
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
 use crate::cpu::runs::pivot;
+use crate::cpu::streams::{each_vector, get, put, set, At};
 use crate::cpu::tile::Tile;
+use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::{Affine, Geometry};
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-/// Rows of a panel 64 columns wide: `PANEL` elements.
-const PANEL_ROWS: usize = 64;
+/// Rows of a panel, which is `ACROSS` vectors wide: few enough to stay in the first-level cache.
+pub(in crate::cpu) const PANEL_ROWS: usize = 64;
+/// Vectors of columns that are summed side by side.
+pub(in crate::cpu) const ACROSS: usize = 4;
+/// Columns in the widest panel of any level.
+pub(in crate::cpu) const WIDEST: usize = 64;
 /// Rows are folded up to this many columns.
 const FOLDED: usize = 512;
 
@@ -98,6 +104,28 @@ impl Sheet {
     }
 }
 
+/// `$body` for bands of neighbouring columns, `$from..$to`: `ACROSS` vectors, then single ones and the rest
+/// of one. `$K` is the number of vectors.
+macro_rules! each_band {
+    ($w:expr, $n:expr, |$from:ident, $to:ident, $K:ident| $body:block) => {{
+        let (w, n) = ($w, $n);
+        let mut $from = 0;
+        while $from + ACROSS * w <= n {
+            const $K: usize = ACROSS;
+            let $to = $from + ACROSS * w;
+            $body
+            $from = $to;
+        }
+        while $from < n {
+            const $K: usize = 1;
+            let $to = n.min($from + w);
+            $body
+            $from = $to;
+        }
+    }};
+}
+pub(in crate::cpu) use each_band;
+
 /// Moments of every folded column about its pivot.
 pub(in crate::cpu) struct ColumnMoments<A> {
     pub pivot: Vec<A>,
@@ -107,30 +135,31 @@ pub(in crate::cpu) struct ColumnMoments<A> {
 
 impl<A: Float> ColumnMoments<A> {
     #[inline(always)]
-    pub fn of<T: Element<Acc = A>>(
-        level: Level,
-        g: &Geometry,
-        x: &[T],
-        sheet: &Sheet,
-        buffer: &mut T::Buffer,
-    ) -> Self {
+    pub fn of<S: Simd, T: Element<Acc = A>>(g: &Geometry, x: &[T], sheet: &Sheet) -> Self {
         let n = sheet.columns;
         let mut m = ColumnMoments { pivot: vec![A::ZERO; n], offset: vec![0.0; n], m2: vec![0.0; n] };
         if g.center {
             for (set, columns) in sheet.sets(g) {
-                let pivot = pivot(g, x, set);
+                let pivot = pivot(g, x, g.first(set));
                 sheet.folded(columns).for_each(|j| m.pivot[j] = pivot);
             }
         }
-        let mut at = 0;
-        while at < n {
-            at = match n - at {
-                64.. => m.panels::<T, 64>(level, g, x, sheet, at, at, buffer),
-                // The last vector again; what it did already is not merged twice.
-                1.. if n >= 16 => m.panels::<T, 16>(level, g, x, sheet, at.min(n - 16), at, buffer),
-                _ => m.panels::<T, 1>(level, g, x, sheet, at, at, buffer),
-            };
-        }
+        each_band!(V::<S, T>::W, n, |from, to, K| {
+            for r in (0..sheet.rows).step_by(PANEL_ROWS) {
+                let rows = PANEL_ROWS.min(sheet.rows - r);
+                let x = &x[sheet.first + r * sheet.stride + from..];
+                let pivot = &m.pivot[from..to];
+                let (offset, m2) = panel_moments::<S, T, K>(x, sheet.stride, rows, pivot, g.center);
+                let (before, n) = (r as f64, (r + rows) as f64);
+                let share = rows as f64 / n;
+                for l in 0..to - from {
+                    let j = from + l;
+                    let delta = offset[l].to64() - m.offset[j];
+                    m.offset[j] += delta * share;
+                    m.m2[j] += m2[l].to64() + delta * delta * (before * share);
+                }
+            }
+        });
         for j in 0..sheet.extra {
             let x = x[sheet.first + sheet.rows * sheet.stride + j].widen().to64();
             let mut moments = Moments { n: sheet.rows as f64, offset: m.offset[j], m2: m.m2[j] };
@@ -141,36 +170,6 @@ impl<A: Float> ColumnMoments<A> {
             (m.offset[j], m.m2[j]) = (moments.offset, moments.m2);
         }
         m
-    }
-
-    /// Moments of `C` columns from `from` on; keeps those from `keep` on. Returns the end.
-    #[inline(always)]
-    fn panels<T: Element<Acc = A>, const C: usize>(
-        &mut self,
-        level: Level,
-        g: &Geometry,
-        x: &[T],
-        sheet: &Sheet,
-        from: usize,
-        keep: usize,
-        buffer: &mut T::Buffer,
-    ) -> usize {
-        let pivot: [A; C] = std::array::from_fn(|l| self.pivot[from + l]);
-        for r in (0..sheet.rows).step_by(PANEL_ROWS) {
-            let rows = PANEL_ROWS.min(sheet.rows - r);
-            let panel = &x[sheet.first + r * sheet.stride + from..];
-            let panel = T::panel(panel, sheet.stride, rows, C, buffer);
-            let (offset, m2) = level.run(PanelMoments { x: panel, pivot, center: g.center });
-            let (before, n) = (r as f64, (r + rows) as f64);
-            let share = rows as f64 / n;
-            for l in keep - from..C {
-                let j = from + l;
-                let delta = offset[l].to64() - self.offset[j];
-                self.offset[j] += delta * share;
-                self.m2[j] += m2[l].to64() + delta * delta * (before * share);
-            }
-        }
-        from + C
     }
 
     /// The columns of a set merged, two-pass.
@@ -191,45 +190,66 @@ impl<A: Float> ColumnMoments<A> {
     }
 }
 
-/// Offsets from the pivot and sums of squared deviations of the `C` columns of a panel.
-struct PanelMoments<'a, A, const C: usize> {
-    x: Panel<'a, A>,
-    pivot: [A; C],
-    center: bool,
+/// The places of `K` vectors in a band's row of `n` columns.
+#[inline(always)]
+pub(in crate::cpu) fn places<const K: usize>(w: usize, n: usize) -> [At; K] {
+    std::array::from_fn(|k| At { from: k * w, to: n.min((k + 1) * w), part: n < (k + 1) * w })
 }
 
-impl<A: Float, const C: usize> Kernel for PanelMoments<'_, A, C> {
-    type Output = ([A; C], [A; C]);
-
-    #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(self) -> Self::Output {
-        let PanelMoments { x, pivot, center } = self;
-        let mut offset = [A::ZERO; C];
-        if center {
-            for r in 0..x.rows {
-                let row = &x.row(r)[..C];
-                for l in 0..C {
-                    offset[l] += row[l] - pivot[l];
-                }
-            }
-            let share = A::from64(1.0 / x.rows as f64);
-            offset.iter_mut().for_each(|o| *o *= share);
-        }
-        let mut m2 = [A::ZERO; C];
-        for r in 0..x.rows {
-            let row = &x.row(r)[..C];
-            for l in 0..C {
-                let d = (row[l] - pivot[l]) - offset[l];
-                m2[l] = fma::<_, FMA>(d, d, m2[l]);
-            }
-        }
-        (offset, m2)
+/// Offsets from the pivot and sums of squared deviations of the columns of a panel: as many as `pivot` has,
+/// in `K` vectors.
+#[inline(always)]
+fn panel_moments<S: Simd, T: Element, const K: usize>(
+    x: &[T],
+    stride: usize,
+    rows: usize,
+    pivot: &[T::Acc],
+    center: bool,
+) -> ([T::Acc; WIDEST], [T::Acc; WIDEST]) {
+    let zero = V::<S, T>::splat(T::Acc::ZERO);
+    let n = pivot.len();
+    let at = places::<K>(V::<S, T>::W, n);
+    let (mut offset, mut m2, mut pivots) = ([zero; K], [zero; K], [zero; K]);
+    for k in 0..K {
+        pivots[k] = get::<S, T::Acc>(pivot, at[k]);
     }
+    if center {
+        for r in 0..rows {
+            let row = &x[r * stride..][..n];
+            for k in 0..K {
+                offset[k] = offset[k] + (get::<S, T>(row, at[k]) - pivots[k]);
+            }
+        }
+        let share = V::<S, T>::splat(T::Acc::from64(1.0 / rows as f64));
+        for k in 0..K {
+            offset[k] = offset[k] * share;
+        }
+    }
+    for r in 0..rows {
+        let row = &x[r * stride..][..n];
+        for k in 0..K {
+            let d = (get::<S, T>(row, at[k]) - pivots[k]) - offset[k];
+            m2[k] = d.fma(d, m2[k]);
+        }
+    }
+    (spilled::<S, T::Acc, K>(offset, at), spilled::<S, T::Acc, K>(m2, at))
+}
+
+/// Vectors as an array.
+#[inline(always)]
+pub(in crate::cpu) fn spilled<S: Simd, A: Float, const K: usize>(
+    v: [A::V<S>; K],
+    at: [At; K],
+) -> [A; WIDEST] {
+    let mut array = [A::ZERO; WIDEST];
+    for k in 0..K {
+        set::<S, A>(&mut array, at[k], v[k]);
+    }
+    array
 }
 
 /// Moments of every set's part in a tile, for sets that are cut.
 pub(in crate::cpu) struct Partial<'a, T: Element> {
-    pub level: Level,
     pub g: &'a Geometry,
     pub x: &'a [T],
     pub tile: &'a Tile,
@@ -240,11 +260,10 @@ impl<T: Element> Kernel for Partial<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(self) {
-        let mut buffer = T::buffer();
+    fn run<S: Simd>(self) {
         let mut out = self.out.iter_mut();
         for sheet in sheets(self.g, self.tile) {
-            let moments = ColumnMoments::of(self.level, self.g, self.x, &sheet, &mut buffer);
+            let moments = ColumnMoments::of::<S, T>(self.g, self.x, &sheet);
             for ((_, columns), out) in sheet.sets(self.g).zip(&mut out) {
                 *out = moments.merged(&sheet, columns);
             }
@@ -254,7 +273,6 @@ impl<T: Element> Kernel for Partial<'_, T> {
 
 /// Normalizes a tile.
 pub(in crate::cpu) struct Forward<'a, T: Element> {
-    pub level: Level,
     pub g: &'a Geometry,
     pub eps: T::Acc,
     pub x: &'a [T],
@@ -268,19 +286,18 @@ impl<T: Element> Kernel for Forward<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(mut self) {
-        let mut buffer = T::buffer();
+    fn run<S: Simd>(mut self) {
         let (g, mut done) = (self.g, 0);
         for sheet in sheets(g, self.tile) {
             let moments = match &self.stats {
                 Source::Given(_) => None,
-                Source::Tile(_) => Some(ColumnMoments::of(self.level, g, self.x, &sheet, &mut buffer)),
+                Source::Tile(_) => Some(ColumnMoments::of::<S, T>(g, self.x, &sheet)),
             };
             let mut line = Line::new(sheet.columns);
             for (set, columns) in sheet.sets(g) {
                 let stat = match (&self.stats, &moments) {
                     (Source::Tile(_), Some(m)) => {
-                        Stat::of(pivot(g, self.x, set), m.merged(&sheet, columns.clone()))
+                        Stat::of(pivot(g, self.x, g.first(set)), m.merged(&sheet, columns.clone()))
                     }
                     (Source::Given(stats), _) => stats.of(set),
                     (Source::Tile(_), None) => unreachable!(),
@@ -289,14 +306,14 @@ impl<T: Element> Kernel for Forward<'_, T> {
                 done += 1;
                 line.set(&sheet, columns, stat, stat.rstd(self.eps), self.params);
             }
-            self.normalize::<FMA>(&sheet, &line);
+            self.normalize::<S>(&sheet, &line);
         }
     }
 }
 
 impl<T: Element> Forward<'_, T> {
     #[inline(always)]
-    fn normalize<const FMA: bool>(&mut self, sheet: &Sheet, line: &Line<T::Acc>) {
+    fn normalize<S: Simd>(&mut self, sheet: &Sheet, line: &Line<T::Acc>) {
         for (r, at) in sheet.lines().enumerate().filter(|(_, at)| !at.is_empty()) {
             let y = match sheet.stride == sheet.columns {
                 true => self.out.rows(at.clone()),
@@ -310,9 +327,9 @@ impl<T: Element> Forward<'_, T> {
                 Form::Rows => {
                     let row = sheet.row + r;
                     let (w, b) = (self.params.weight(row), self.params.bias(row));
-                    by_row::<T, FMA>(&self.x[at], y, high, scale, bias, [w, b]);
+                    by_row::<S, T>(&self.x[at], y, high, scale, bias, [w, b]);
                 }
-                _ => by_columns::<T, FMA>(&self.x[at], y, high, scale, bias),
+                _ => by_columns::<S, T>(&self.x[at], y, high, scale, bias),
             }
         }
     }
@@ -349,7 +366,7 @@ impl<A: Float> Line<A> {
 }
 
 #[inline(always)]
-fn by_columns<T: Element, const FMA: bool>(
+fn by_columns<S: Simd, T: Element>(
     x: &[T],
     y: &mut [MaybeUninit<T>],
     high: &[T::Acc],
@@ -358,13 +375,14 @@ fn by_columns<T: Element, const FMA: bool>(
 ) {
     let n = x.len();
     let (y, high, scale, bias) = (&mut y[..n], &high[..n], &scale[..n], &bias[..n]);
-    for i in 0..n {
-        y[i].write(T::narrow(fma::<_, FMA>(x[i].widen() - high[i], scale[i], bias[i])));
-    }
+    each_vector!(V::<S, T>::W, n, |at| {
+        let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
+        put::<S, T>(y, at, d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(bias, at)));
+    })
 }
 
 #[inline(always)]
-fn by_row<T: Element, const FMA: bool>(
+fn by_row<S: Simd, T: Element>(
     x: &[T],
     y: &mut [MaybeUninit<T>],
     high: &[T::Acc],
@@ -374,8 +392,10 @@ fn by_row<T: Element, const FMA: bool>(
 ) {
     let n = x.len();
     let (y, high, scale, bias) = (&mut y[..n], &high[..n], &scale[..n], &bias[..n]);
-    for i in 0..n {
-        let xhat = fma::<_, FMA>(x[i].widen() - high[i], scale[i], bias[i]);
-        y[i].write(T::narrow(fma::<_, FMA>(xhat, w, b)));
-    }
+    let (w, b) = (V::<S, T>::splat(w), V::<S, T>::splat(b));
+    each_vector!(V::<S, T>::W, n, |at| {
+        let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
+        let xhat = d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(bias, at));
+        put::<S, T>(y, at, xhat.fma(w, b));
+    })
 }

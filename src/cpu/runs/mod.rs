@@ -7,21 +7,23 @@
 
 pub(in crate::cpu) mod backward;
 
-use crate::cpu::element::{fma, Element, Float, PANEL};
-use crate::cpu::lanes::{Squares, Sum};
-use crate::cpu::level::{Kernel, Level};
+use crate::cpu::element::{Element, Float, PANEL, V};
+use crate::cpu::level::Kernel;
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
+use crate::cpu::streams::{add_squares, add_sum, scale, scale_by_column, Sum};
 use crate::cpu::tile::Tile;
+use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// The part of one set that lies in a tile: rows of the matrix, and columns.
 #[derive(Debug, Clone)]
 pub(in crate::cpu) struct Part {
     pub set: usize,
+    /// Where the set's first element lies, which may be in another part.
+    pub first: usize,
     pub rows: Range<usize>,
     pub columns: Range<usize>,
 }
@@ -35,6 +37,7 @@ pub(in crate::cpu) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterato
         let sets = tile.columns.start / g.run..tile.columns.end.div_ceil(g.run);
         sets.map(move |q| Part {
             set: o * g.sets_per_outer() + q,
+            first: o * g.block_len() + q * g.run,
             rows: rows.clone(),
             columns: tile.columns.start.max(q * g.run)..tile.columns.end.min((q + 1) * g.run),
         })
@@ -42,9 +45,6 @@ pub(in crate::cpu) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterato
 }
 
 impl Part {
-    // Iterators rather than functions that take a closure: a closure as large as a kernel's inner part
-    // would be compiled apart, for the baseline.
-
     /// Rows and columns of panels of at most `PANEL` elements.
     #[inline(always)]
     pub fn panels(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
@@ -66,45 +66,42 @@ impl Part {
     }
 }
 
-/// The first element of a set.
+/// The number that is subtracted from all of a set before it is summed: its first element.
 #[inline(always)]
-pub(in crate::cpu) fn pivot<T: Element>(g: &Geometry, x: &[T], set: usize) -> T::Acc {
-    let spo = g.sets_per_outer();
+pub(in crate::cpu) fn pivot<T: Element>(g: &Geometry, x: &[T], first: usize) -> T::Acc {
     match g.center {
-        true => x[set / spo * g.block_len() + set % spo * g.run].widen(),
+        true => x[first].widen(),
         false => T::Acc::ZERO,
     }
 }
 
 /// Moments of a part about the set's pivot; about zero without centering.
 #[inline(always)]
-pub(in crate::cpu) fn moments<T: Element>(
-    level: Level,
-    g: &Geometry,
-    x: &[T],
-    part: &Part,
-    buffer: &mut T::Buffer,
-) -> Moments {
-    let pivot = pivot(g, x, part.set);
+pub(in crate::cpu) fn moments<S: Simd, T: Element>(g: &Geometry, x: &[T], part: &Part) -> Moments {
+    let pivot = V::<S, T>::splat(pivot(g, x, part.first));
     let mut moments = Moments::default();
     for (rows, columns) in part.panels() {
-        let n = rows.len() * columns.len();
-        let from = &x[rows.start * g.width + columns.start..];
-        let panel = T::panel(from, g.width, rows.len(), columns.len(), buffer).flat();
+        let n = (rows.len() * columns.len()) as f64;
+        let row = |r: usize| &x[r * g.width + columns.start..r * g.width + columns.end];
         let mut offset = T::Acc::ZERO;
         if g.center {
-            let sum = level.run(Sum { x: panel, pivot });
-            offset = T::Acc::from64(sum.to64() / n as f64);
+            let mut sum = Sum::<S, T::Acc>::zero();
+            for r in rows.clone() {
+                add_sum(&mut sum, row(r), pivot);
+            }
+            offset = T::Acc::from64(sum.total().to64() / n);
         }
-        let m2 = level.run(Squares { x: panel, pivot, offset });
-        moments.merge(Moments { n: n as f64, offset: offset.to64(), m2: m2.to64() });
+        let mut m2 = Sum::<S, T::Acc>::zero();
+        for r in rows {
+            add_squares(&mut m2, row(r), pivot, V::<S, T>::splat(offset));
+        }
+        moments.merge(Moments { n, offset: offset.to64(), m2: m2.total().to64() });
     }
     moments
 }
 
 /// Moments of every part of a set in a tile, for sets that are cut.
 pub(in crate::cpu) struct Partial<'a, T: Element> {
-    pub level: Level,
     pub g: &'a Geometry,
     pub x: &'a [T],
     pub tile: &'a Tile,
@@ -115,17 +112,15 @@ impl<T: Element> Kernel for Partial<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(self) {
-        let mut buffer = T::buffer();
+    fn run<S: Simd>(self) {
         for (part, out) in parts(self.g, self.tile).zip(self.out) {
-            *out = moments(self.level, self.g, self.x, &part, &mut buffer);
+            *out = moments::<S, T>(self.g, self.x, &part);
         }
     }
 }
 
 /// Normalizes a tile.
 pub(in crate::cpu) struct Forward<'a, T: Element> {
-    pub level: Level,
     pub g: &'a Geometry,
     pub eps: T::Acc,
     pub x: &'a [T],
@@ -139,25 +134,24 @@ impl<T: Element> Kernel for Forward<'_, T> {
     type Output = ();
 
     #[inline(always)]
-    fn run<const W: usize, const FMA: bool>(mut self) {
-        let mut buffer = T::buffer();
+    fn run<S: Simd>(mut self) {
         for (i, part) in parts(self.g, self.tile).enumerate() {
             let stat = match &self.stats {
                 Source::Given(stats) => stats.of(part.set),
                 Source::Tile(_) => {
-                    let moments = moments(self.level, self.g, self.x, &part, &mut buffer);
-                    Stat::of(pivot(self.g, self.x, part.set), moments)
+                    let pivot = pivot(self.g, self.x, part.first);
+                    Stat::of(pivot, moments::<S, T>(self.g, self.x, &part))
                 }
             };
             self.stats.keep(i, stat);
-            self.normalize::<FMA>(&part, stat);
+            self.normalize::<S>(&part, stat);
         }
     }
 }
 
 impl<T: Element> Forward<'_, T> {
     #[inline(always)]
-    fn normalize<const FMA: bool>(&mut self, part: &Part, stat: Stat<T::Acc>) {
+    fn normalize<S: Simd>(&mut self, part: &Part, stat: Stat<T::Acc>) {
         let (high, rstd) = (stat.high, stat.rstd(self.eps));
         let shift = -(stat.low * rstd);
         let (params, out) = (self.params, &mut self.out);
@@ -168,60 +162,18 @@ impl<T: Element> Forward<'_, T> {
                     let c = part.columns.clone();
                     let bias = bias.as_ref().map(|b| &b[c.clone()]);
                     let y = out.row(row, c.clone());
-                    by_column::<T, FMA>(&x[c.clone()], y, &weight[c], bias, [high, rstd, shift]);
+                    scale_by_column::<S, T>(&x[c.clone()], y, &weight[c], bias, [high, rstd, shift]);
                 }
                 (Form::Spans(span), _, _) => {
                     for (p, c) in part.spans(span) {
                         let weight = params.weight(p);
-                        let bias = fma::<_, FMA>(shift, weight, params.bias(p));
+                        let bias = params.bias(p) + shift * weight;
                         let y = out.row(row, c.clone());
-                        by_constant::<T, FMA>(&x[c], y, [high, rstd * weight, bias]);
+                        scale::<S, T>(&x[c], y, [high, rstd * weight, bias]);
                     }
                 }
                 // `Params::new` gives columns a weight, and rows are not walked by runs.
                 _ => unreachable!(),
-            }
-        }
-    }
-}
-
-/// `y = (x - high) * scale + bias`
-#[inline(always)]
-fn by_constant<T: Element, const FMA: bool>(
-    x: &[T],
-    y: &mut [MaybeUninit<T>],
-    [high, scale, bias]: [T::Acc; 3],
-) {
-    let n = x.len();
-    let y = &mut y[..n];
-    for i in 0..n {
-        y[i].write(T::narrow(fma::<_, FMA>(x[i].widen() - high, scale, bias)));
-    }
-}
-
-/// `y = ((x - high) * rstd + shift) * weight + bias`
-#[inline(always)]
-fn by_column<T: Element, const FMA: bool>(
-    x: &[T],
-    y: &mut [MaybeUninit<T>],
-    weight: &[T::Acc],
-    bias: Option<&[T::Acc]>,
-    [high, rstd, shift]: [T::Acc; 3],
-) {
-    let n = x.len();
-    let (y, weight) = (&mut y[..n], &weight[..n]);
-    match bias {
-        Some(bias) => {
-            let bias = &bias[..n];
-            for i in 0..n {
-                let xhat = fma::<_, FMA>(x[i].widen() - high, rstd, shift);
-                y[i].write(T::narrow(fma::<_, FMA>(xhat, weight[i], bias[i])));
-            }
-        }
-        None => {
-            for i in 0..n {
-                let xhat = fma::<_, FMA>(x[i].widen() - high, rstd, shift);
-                y[i].write(T::narrow(xhat * weight[i]));
             }
         }
     }
