@@ -66,6 +66,16 @@ pub(super) struct Slope<A> {
 }
 
 impl<A: Float> Slope<A> {
+    pub const ZERO: Self =
+        Slope { high: A::ZERO, rstd: A::ZERO, slope: A::ZERO, shift: A::ZERO, centre: A::ZERO };
+
+    /// Of a set's sums of `g` and `g * (x - high)`, which are short enough to stay in this type.
+    #[inline(always)]
+    pub fn short(stat: Stat<A>, rstd: A, [g, gx]: [A; 2], center: bool, n: A) -> Self {
+        let mean = if center { g / n } else { A::ZERO };
+        Self::of(stat, rstd, Means { g: mean, dot: (gx - stat.low * g) * rstd / n })
+    }
+
     #[inline(always)]
     pub fn of(stat: Stat<A>, rstd: A, means: Means<A>) -> Self {
         let slope = -(rstd * (rstd * means.dot));
@@ -77,9 +87,13 @@ impl<A: Float> Slope<A> {
 impl<A: Float> Slope<A> {
     #[inline(always)]
     pub fn splat<S: Simd>(self) -> Slope<A::V<S>> {
-        let v = A::V::<S>::splat;
-        let Slope { high, rstd, slope, shift, centre } = self;
-        Slope { high: v(high), rstd: v(rstd), slope: v(slope), shift: v(shift), centre: v(centre) }
+        Slope {
+            high: A::V::<S>::splat(self.high),
+            rstd: A::V::<S>::splat(self.rstd),
+            slope: A::V::<S>::splat(self.slope),
+            shift: A::V::<S>::splat(self.shift),
+            centre: A::V::<S>::splat(self.centre),
+        }
     }
 }
 

@@ -38,11 +38,24 @@ pub(super) struct Stat<A> {
 }
 
 impl<A: Float> Stat<A> {
+    pub const ZERO: Self = Stat { high: A::ZERO, low: A::ZERO, var: A::ZERO };
+
+    /// Of a mean `pivot + offset`.
+    #[inline(always)]
+    pub fn sum(pivot: A, offset: A, var: A) -> Self {
+        let high = pivot + offset;
+        // What the addition lost (Knuth's exact sum).
+        let rest = high - pivot;
+        let low = (pivot - (high - rest)) + (offset - rest);
+        let finite = high - high == A::ZERO;
+        Stat { high, low: if finite { low } else { A::ZERO }, var }
+    }
+
     /// Of a set whose pivot is `pivot`; zeros for an empty set.
     #[inline(always)]
     pub fn of(pivot: A, moments: Moments) -> Self {
         if moments.n == 0.0 {
-            return Stat { high: A::ZERO, low: A::ZERO, var: A::ZERO };
+            return Stat::ZERO;
         }
         let pivot = pivot.to64();
         let mean = pivot + moments.offset;

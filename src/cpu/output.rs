@@ -83,9 +83,9 @@ impl<T: Element> OutTile<'_, T> {
     #[inline(always)]
     pub fn rows(&mut self, elements: Range<usize>) -> &mut [MaybeUninit<T>] {
         let Tile { rows, columns } = &self.tile;
-        assert!(columns.start == 0 && columns.end == self.width);
-        assert!(rows.start * self.width <= elements.start && elements.start <= elements.end);
-        assert!(elements.end <= rows.end * self.width);
+        assert!(columns.len() == self.width || rows.len() == 1);
+        assert!(rows.start * self.width + columns.start <= elements.start && elements.start <= elements.end);
+        assert!(elements.end <= (rows.end - 1) * self.width + columns.end);
         // SAFETY: as above; without gaps between its rows the tile is one slice.
         unsafe { slice(self.buffer.add(elements.start), elements.len()) }
     }

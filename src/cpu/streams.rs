@@ -8,11 +8,45 @@
 
 use super::element::{Element, Float, V};
 use super::gradient::Slope;
+use super::moments::Stat;
 use super::vector::{Simd, Vector};
 use std::mem::MaybeUninit;
 
+/// Short sets and rows that are worked on side by side: their latencies overlap, and they share each
+/// column's weight in a register.
+pub(super) const ABREAST: usize = 4;
 /// Vectors of partial sums per sum. An addition takes 3 to 5 cycles, and 1 or 2 start in each.
 const UNROLL: usize = 4;
+
+/// The same with two sums.
+macro_rules! each_pair {
+    ($w:expr, $n:expr, |$u:ident, $at:ident| $body:block) => {{
+        use $crate::cpu::streams::At;
+        let (w, n) = ($w, $n);
+        let mut from = 0;
+        while from + 2 * w <= n {
+            {
+                let ($u, $at) = (0, At { from, to: from + w, part: false });
+                $body
+            }
+            {
+                let ($u, $at) = (1, At { from: from + w, to: from + 2 * w, part: false });
+                $body
+            }
+            from += 2 * w;
+        }
+        if from + w <= n {
+            let ($u, $at) = (0, At { from, to: from + w, part: false });
+            $body
+            from += w;
+        }
+        if from < n {
+            let ($u, $at) = (1, At { from, to: n, part: true });
+            $body
+        }
+    }};
+}
+pub(super) use each_pair;
 
 /// Where a vector's elements lie: `W` of them, or a part.
 #[derive(Clone, Copy)]
@@ -23,6 +57,12 @@ pub(super) struct At {
 }
 
 impl At {
+    /// The same, `n` elements further.
+    #[inline(always)]
+    pub fn after(self, n: usize) -> At {
+        At { from: self.from + n, to: self.to + n, part: self.part }
+    }
+
     /// Zero in the lanes without an element.
     #[inline(always)]
     pub fn keep<V: Vector>(self, v: V) -> V {
@@ -180,29 +220,43 @@ pub(super) fn scale<S: Simd, T: Element>(
     })
 }
 
-/// `y = ((x - high) * rstd + shift) * weight + bias`
+/// `y = ((x - high) * rstd - low * rstd) * weight + bias` for `R` rows, which lie one behind the other in y.
 #[inline(always)]
-pub(super) fn scale_by_column<S: Simd, T: Element>(
-    x: &[T],
+pub(super) fn scale_by_column<S: Simd, T: Element, const R: usize>(
+    x: [&[T]; R],
     y: &mut [MaybeUninit<T>],
     weight: &[T::Acc],
     bias: Option<&[T::Acc]>,
-    [high, rstd, shift]: [T::Acc; 3],
+    stats: [Stat<T::Acc>; R],
+    eps: T::Acc,
 ) {
-    let n = x.len();
-    let (y, weight) = (&mut y[..n], &weight[..n]);
-    let [high, rstd, shift] = [high, rstd, shift].map(V::<S, T>::splat);
+    let n = weight.len();
+    let zero = V::<S, T>::splat(T::Acc::ZERO);
+    let (mut high, mut scale, mut shift) = ([zero; R], [zero; R], [zero; R]);
+    for r in 0..R {
+        let rstd = stats[r].rstd(eps);
+        high[r] = V::<S, T>::splat(stats[r].high);
+        scale[r] = V::<S, T>::splat(rstd);
+        shift[r] = V::<S, T>::splat(-(stats[r].low * rstd));
+    }
+    let y = &mut y[..R * n];
     match bias {
         Some(bias) => {
             let bias = &bias[..n];
             each_vector!(V::<S, T>::W, n, |at| {
-                let xhat = (get::<S, T>(x, at) - high).fma(rstd, shift);
-                put::<S, T>(y, at, xhat.fma(get::<S, T::Acc>(weight, at), get::<S, T::Acc>(bias, at)));
+                let (weight, bias) = (get::<S, T::Acc>(weight, at), get::<S, T::Acc>(bias, at));
+                for r in 0..R {
+                    let xhat = (get::<S, T>(x[r], at) - high[r]).fma(scale[r], shift[r]);
+                    put::<S, T>(y, at.after(r * n), xhat.fma(weight, bias));
+                }
             })
         }
         None => each_vector!(V::<S, T>::W, n, |at| {
-            let xhat = (get::<S, T>(x, at) - high).fma(rstd, shift);
-            put::<S, T>(y, at, xhat * get::<S, T::Acc>(weight, at));
+            let weight = get::<S, T::Acc>(weight, at);
+            for r in 0..R {
+                let xhat = (get::<S, T>(x[r], at) - high[r]).fma(scale[r], shift[r]);
+                put::<S, T>(y, at.after(r * n), xhat * weight);
+            }
         }),
     }
 }
@@ -246,7 +300,10 @@ impl<T: Element, const R: usize> Rows<'_, T, R> {
     ) {
         let n = self.weight.len();
         let (x, dy, weight) = (self.x.map(|x| &x[..n]), self.dy.map(|dy| &dy[..n]), self.weight);
-        let slopes = self.slopes.map(|s| s.splat::<S>());
+        let mut slopes = [self.slopes[0].splat::<S>(); R];
+        for r in 1..R {
+            slopes[r] = self.slopes[r].splat::<S>();
+        }
         match (&mut dx, sums) {
             (Some(dx), Some([dw, db])) => {
                 let (dw, db) = (&mut dw[..n], &mut db[..n]);

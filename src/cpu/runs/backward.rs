@@ -1,5 +1,6 @@
 //! Backward kernels for sets of long runs.
 
+use super::lines::Lines;
 use super::{parts, Part};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::gradient::{Means, MeansFrom, Slope, Slots, Sums};
@@ -7,14 +8,11 @@ use crate::cpu::level::Kernel;
 use crate::cpu::moments::{Stat, Stats};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
-use crate::cpu::streams::{add_dots, gradient, Rows, Sum};
+use crate::cpu::streams::{add_dots, gradient, Rows, Sum, ABREAST};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
 use std::ops::Range;
-
-/// Rows that are turned into dx side by side: they share each column's weight and sums in registers.
-const ABREAST: usize = 4;
 
 /// Arguments of both kernels.
 #[derive(Clone, Copy)]
@@ -61,7 +59,9 @@ impl<T: Element> Kernel for Backward<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self) {
-        match self.input.params.form {
+        let Input { g, params, tile, .. } = self.input;
+        match params.form {
+            Form::Columns if Lines::of(g, params.form, tile).is_some() => self.lines::<S>(tile.sets(g)),
             Form::Columns => self.by_columns::<S>(),
             _ => self.by_spans::<S>(),
         }
@@ -112,7 +112,7 @@ impl<T: Element> Input<'_, T> {
 
 impl<T: Element> Backward<'_, T> {
     #[inline(always)]
-    fn slope<S: Simd>(&mut self, part: &Part) -> Slope<T::Acc> {
+    pub(super) fn slope<S: Simd>(&mut self, part: &Part) -> Slope<T::Acc> {
         let stat = self.input.stats.of(part.set);
         let rstd = stat.rstd(self.input.eps);
         // Sums by span are made here along with the set's; those by column later, along with dx.

@@ -6,6 +6,7 @@
 //! ```
 
 pub(in crate::cpu) mod backward;
+mod lines;
 
 use crate::cpu::element::{Element, Float, PANEL, V};
 use crate::cpu::level::Kernel;
@@ -16,6 +17,7 @@ use crate::cpu::streams::{add_squares, add_sum, scale, scale_by_column, Sum};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
+use lines::Lines;
 use std::ops::Range;
 
 /// The part of one set that lies in a tile: rows of the matrix, and columns.
@@ -135,6 +137,9 @@ impl<T: Element> Kernel for Forward<'_, T> {
 
     #[inline(always)]
     fn run<S: Simd>(mut self) {
+        if let Some(lines) = Lines::of(self.g, self.params.form, self.tile) {
+            return self.lines::<S>(lines);
+        }
         for (i, part) in parts(self.g, self.tile).enumerate() {
             let stat = match &self.stats {
                 Source::Given(stats) => stats.of(part.set),
@@ -162,7 +167,7 @@ impl<T: Element> Forward<'_, T> {
                     let c = part.columns.clone();
                     let bias = bias.as_ref().map(|b| &b[c.clone()]);
                     let y = out.row(row, c.clone());
-                    scale_by_column::<S, T>(&x[c.clone()], y, &weight[c], bias, [high, rstd, shift]);
+                    scale_by_column::<S, T, 1>([&x[c.clone()]], y, &weight[c], bias, [stat], self.eps);
                 }
                 (Form::Spans(span), _, _) => {
                     for (p, c) in part.spans(span) {

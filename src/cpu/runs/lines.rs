@@ -1,0 +1,237 @@
+//! Sets of one run each: layer, RMS, group and instance norm over neighbouring elements.
+//!
+//! Apart from sets of several rows, because these lie one behind the other without gaps, and because
+//! short ones are taken a few abreast: else the latency of a set's last sums, of its root and its
+//! division would be longer than the work on its elements.
+
+use super::backward::{Backward, Input};
+use super::{moments, pivot, Forward, Part};
+use crate::cpu::element::{Element, Float, V};
+use crate::cpu::gradient::{MeansFrom, Slope};
+use crate::cpu::moments::{Source, Stat};
+use crate::cpu::params::Form;
+use crate::cpu::streams::{self, each_pair, Rows, ABREAST};
+use crate::cpu::tile::Tile;
+use crate::cpu::vector::{Simd, Vector};
+use crate::geometry::Geometry;
+use std::ops::Range;
+
+/// Elements up to which sets are taken abreast: a quarter of them, f32, stays in the first-level cache.
+const SHORT: usize = 1024;
+
+/// The sets of a tile of whole runs.
+#[derive(Clone)]
+pub(super) struct Lines {
+    /// Elements of a set.
+    pub n: usize,
+    pub sets: Range<usize>,
+}
+
+impl Lines {
+    /// `None` where a set has several rows or the tile a part of one, or where sets side by side have
+    /// weights by column.
+    #[inline(always)]
+    pub fn of(g: &Geometry, form: Form, tile: &Tile) -> Option<Lines> {
+        let whole = tile.columns.start % g.run == 0 && tile.columns.end % g.run == 0;
+        let alike = form != Form::Columns || g.run == g.width;
+        (g.rows == 1 && whole && alike).then(|| Lines { n: g.run, sets: tile.sets(g) })
+    }
+
+    #[inline(always)]
+    fn short(&self) -> bool {
+        self.n <= SHORT
+    }
+
+    #[inline(always)]
+    fn part(&self, g: &Geometry, set: usize) -> Part {
+        let (row, q) = (set / g.sets_per_outer(), set % g.sets_per_outer());
+        Part { set, first: set * self.n, rows: row..row + 1, columns: q * self.n..(q + 1) * self.n }
+    }
+}
+
+impl<T: Element> Forward<'_, T> {
+    #[inline(always)]
+    pub(super) fn lines<S: Simd>(&mut self, lines: Lines) {
+        let mut set = lines.sets.start;
+        if lines.short() {
+            while set + ABREAST <= lines.sets.end {
+                self.abreast::<S, ABREAST>(&lines, set);
+                set += ABREAST;
+            }
+        }
+        while set < lines.sets.end {
+            self.abreast::<S, 1>(&lines, set);
+            set += 1;
+        }
+    }
+
+    /// Normalizes `R` sets from `set` on.
+    #[inline(always)]
+    fn abreast<S: Simd, const R: usize>(&mut self, lines: &Lines, set: usize) {
+        let x: [&[T]; R] = rows(self.x, lines, set);
+        let mut stats = [Stat::ZERO; R];
+        match &self.stats {
+            Source::Given(given) => {
+                for r in 0..R {
+                    stats[r] = given.of(set + r);
+                }
+            }
+            Source::Tile(_) if lines.short() => stats = short_stats::<S, T, R>(x, self.g.center),
+            Source::Tile(_) => {
+                for r in 0..R {
+                    let part = lines.part(self.g, set + r);
+                    let pivot = pivot(self.g, self.x, part.first);
+                    stats[r] = Stat::of(pivot, moments::<S, T>(self.g, self.x, &part));
+                }
+            }
+        }
+        let first = set - lines.sets.start;
+        for r in 0..R {
+            self.stats.keep(first + r, stats[r]);
+        }
+        let (params, n) = (self.params, lines.n);
+        let y = self.out.rows(set * n..(set + R) * n);
+        match (params.form, &params.weight) {
+            (Form::Columns, Some(weight)) => {
+                streams::scale_by_column::<S, T, R>(x, y, weight, params.bias.as_deref(), stats, self.eps);
+            }
+            (Form::Spans(span), _) => {
+                for r in 0..R {
+                    let Stat { high, low, .. } = stats[r];
+                    let rstd = stats[r].rstd(self.eps);
+                    let mut p = (set + r) % self.g.sets_per_outer() * (n / span);
+                    let y = y[r * n..(r + 1) * n].chunks_exact_mut(span);
+                    for (x, y) in x[r].chunks_exact(span).zip(y) {
+                        let scale = rstd * params.weight(p);
+                        streams::scale::<S, T>(x, y, [high, scale, params.bias(p) - low * scale]);
+                        p += 1;
+                    }
+                }
+            }
+            // `Params::new` gives columns a weight, and rows are not walked by runs.
+            _ => unreachable!(),
+        }
+    }
+}
+
+#[inline(always)]
+fn rows<'a, T, const R: usize>(x: &'a [T], lines: &Lines, set: usize) -> [&'a [T]; R] {
+    let x = &x[set * lines.n..(set + R) * lines.n];
+    let mut rows = [x; R];
+    for r in 0..R {
+        rows[r] = &x[r * lines.n..(r + 1) * lines.n];
+    }
+    rows
+}
+
+/// Statistics of `R` short sets, each with two chains of sums.
+#[inline(always)]
+fn short_stats<S: Simd, T: Element, const R: usize>(x: [&[T]; R], center: bool) -> [Stat<T::Acc>; R] {
+    let zero = V::<S, T>::splat(T::Acc::ZERO);
+    let n = x[0].len();
+    let count = T::Acc::from64(n as f64);
+    let (mut pivot, mut offset) = ([T::Acc::ZERO; R], [T::Acc::ZERO; R]);
+    let (mut pivots, mut offsets) = ([zero; R], [zero; R]);
+    if center {
+        let mut sum = [[zero; 2]; R];
+        for r in 0..R {
+            pivot[r] = x[r][0].widen();
+            pivots[r] = V::<S, T>::splat(pivot[r]);
+        }
+        each_pair!(V::<S, T>::W, n, |u, at| {
+            for r in 0..R {
+                let d = streams::get::<S, T>(x[r], at) - pivots[r];
+                sum[r][u] = sum[r][u] + at.keep(d);
+            }
+        });
+        for r in 0..R {
+            offset[r] = (sum[r][0] + sum[r][1]).sum() / count;
+            offsets[r] = V::<S, T>::splat(offset[r]);
+        }
+    }
+    let mut m2 = [[zero; 2]; R];
+    each_pair!(V::<S, T>::W, n, |u, at| {
+        for r in 0..R {
+            let d = at.keep((streams::get::<S, T>(x[r], at) - pivots[r]) - offsets[r]);
+            m2[r][u] = d.fma(d, m2[r][u]);
+        }
+    });
+    let mut stats = [Stat::ZERO; R];
+    for r in 0..R {
+        stats[r] = Stat::sum(pivot[r], offset[r], (m2[r][0] + m2[r][1]).sum() / count);
+    }
+    stats
+}
+
+impl<T: Element> Backward<'_, T> {
+    /// Layer and RMS norm: a few sets at a time, their sums, then dx and the sums of columns.
+    #[inline(always)]
+    pub(super) fn lines<S: Simd>(&mut self, sets: Range<usize>) {
+        let lines = Lines { n: self.input.g.run, sets };
+        let mut set = lines.sets.start;
+        while set + ABREAST <= lines.sets.end {
+            self.line::<S, ABREAST>(&lines, set);
+            set += ABREAST;
+        }
+        while set < lines.sets.end {
+            self.line::<S, 1>(&lines, set);
+            set += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn line<S: Simd, const R: usize>(&mut self, lines: &Lines, set: usize) {
+        let Some(weight) = self.input.params.weight.as_deref() else { return };
+        let (x, dy) = (rows(self.input.x, lines, set), rows(self.input.dy, lines, set));
+        let mut slopes = [Slope::ZERO; R];
+        match self.means {
+            MeansFrom::Tile if lines.short() => {
+                slopes = short_slopes::<S, T, R>(&self.input, x, dy, weight, set);
+            }
+            _ => {
+                for r in 0..R {
+                    slopes[r] = self.slope::<S>(&lines.part(self.input.g, set + r));
+                }
+            }
+        }
+        let sums = self.slots.as_mut().map(|s| [&mut *s.weight, &mut *s.bias]);
+        let dx = self.dx.as_mut().map(|dx| dx.rows_of::<R>(set, 0..lines.n));
+        Rows::<T, R> { x, dy, slopes, weight }.gradient::<S>(dx, sums);
+    }
+}
+
+/// Slopes of `R` short sets.
+#[inline(always)]
+fn short_slopes<S: Simd, T: Element, const R: usize>(
+    input: &Input<T>,
+    x: [&[T]; R],
+    dy: [&[T]; R],
+    weight: &[T::Acc],
+    set: usize,
+) -> [Slope<T::Acc>; R] {
+    let zero = V::<S, T>::splat(T::Acc::ZERO);
+    let n = x[0].len();
+    let mut stats = [Stat::ZERO; R];
+    let mut highs = [zero; R];
+    for r in 0..R {
+        stats[r] = input.stats.of(set + r);
+        highs[r] = V::<S, T>::splat(stats[r].high);
+    }
+    let (mut g, mut gx) = ([zero; R], [zero; R]);
+    streams::each_vector!(V::<S, T>::W, n, |at| {
+        let weight = streams::get::<S, T::Acc>(weight, at);
+        for r in 0..R {
+            let d = at.keep(streams::get::<S, T>(x[r], at) - highs[r]);
+            let dy = streams::get::<S, T>(dy[r], at) * weight;
+            g[r] = g[r] + dy;
+            gx[r] = dy.fma(d, gx[r]);
+        }
+    });
+    let mut slopes = [Slope::ZERO; R];
+    for r in 0..R {
+        let rstd = stats[r].rstd(input.eps);
+        let sums = [g[r].sum(), gx[r].sum()];
+        slopes[r] = Slope::short(stats[r], rstd, sums, input.g.center, T::Acc::from64(n as f64));
+    }
+    slopes
+}
