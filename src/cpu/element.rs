@@ -35,6 +35,14 @@ macro_rules! through_vectors {
             <S::$vector as Convert<Self, Self::Acc>>::load(x)
         }
         #[inline(always)]
+        fn load_pair<S: Simd>(x: &[Self]) -> [S::$vector; 2] {
+            <S::$vector as Convert<Self, Self::Acc>>::load_pair(x)
+        }
+        #[inline(always)]
+        fn store_pair<S: Simd>(v: [S::$vector; 2], y: &mut [MaybeUninit<Self>]) {
+            <S::$vector as Convert<Self, Self::Acc>>::store_pair(v, y)
+        }
+        #[inline(always)]
         fn load_part<S: Simd>(x: &[Self]) -> S::$vector {
             <S::$vector as Convert<Self, Self::Acc>>::load_part(x)
         }
@@ -99,9 +107,12 @@ pub(super) trait Element: WithDType {
     fn narrow(x: Self::Acc) -> Self;
     /// A full vector of elements.
     fn load<S: Simd>(x: &[Self]) -> V<S, Self>;
+    /// Twice as many, in the order of `Convert::load_pair`.
+    fn load_pair<S: Simd>(x: &[Self]) -> [V<S, Self>; 2];
     /// Fewer; zero in the other lanes.
     fn load_part<S: Simd>(x: &[Self]) -> V<S, Self>;
     fn store<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
+    fn store_pair<S: Simd>(v: [V<S, Self>; 2], y: &mut [MaybeUninit<Self>]);
     fn store_part<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
 }
 

@@ -61,13 +61,12 @@ pub(super) struct Slope<A> {
     pub rstd: A,
     pub slope: A,
     pub shift: A,
-    /// `xhat = (x - high) * rstd + centre`
-    pub centre: A,
+    pub low: A,
 }
 
 impl<A: Float> Slope<A> {
     pub const ZERO: Self =
-        Slope { high: A::ZERO, rstd: A::ZERO, slope: A::ZERO, shift: A::ZERO, centre: A::ZERO };
+        Slope { high: A::ZERO, rstd: A::ZERO, slope: A::ZERO, shift: A::ZERO, low: A::ZERO };
 
     /// Of a set's sums of `g` and `g * (x - high)`, which are short enough to stay in this type.
     #[inline(always)]
@@ -80,7 +79,7 @@ impl<A: Float> Slope<A> {
     pub fn of(stat: Stat<A>, rstd: A, means: Means<A>) -> Self {
         let slope = -(rstd * (rstd * means.dot));
         let shift = -(rstd * means.g) - slope * stat.low;
-        Slope { high: stat.high, rstd, slope, shift, centre: -(stat.low * rstd) }
+        Slope { high: stat.high, rstd, slope, shift, low: stat.low }
     }
 }
 
@@ -92,22 +91,16 @@ impl<A: Float> Slope<A> {
             rstd: A::V::<S>::splat(self.rstd),
             slope: A::V::<S>::splat(self.slope),
             shift: A::V::<S>::splat(self.shift),
-            centre: A::V::<S>::splat(self.centre),
+            low: A::V::<S>::splat(self.low),
         }
     }
 }
 
 impl<V: Vector> Slope<V> {
-    /// dx, of `d = x - high` and `g = dy * weight`.
+    /// Adds `dy * xhat` and `dy`, of `d = x - high` and `scaled = dy * rstd`.
     #[inline(always)]
-    pub fn gradient(&self, d: V, g: V) -> V {
-        g.fma(self.rstd, d.fma(self.slope, self.shift))
-    }
-
-    /// Adds `dy * xhat` and `dy`.
-    #[inline(always)]
-    pub fn add(&self, [dw, db]: [V; 2], d: V, dy: V) -> [V; 2] {
-        [dy.fma(d.fma(self.rstd, self.centre), dw), db + dy]
+    pub fn add(&self, [dw, db]: [V; 2], d: V, dy: V, scaled: V) -> [V; 2] {
+        [scaled.fma(d - self.low, dw), db + dy]
     }
 }
 

@@ -40,15 +40,15 @@ pub(super) struct Stat<A> {
 impl<A: Float> Stat<A> {
     pub const ZERO: Self = Stat { high: A::ZERO, low: A::ZERO, var: A::ZERO };
 
-    /// Of a mean `pivot + offset`.
+    /// The mean `pivot + offset`; the variance is left at zero.
     #[inline(always)]
-    pub fn sum(pivot: A, offset: A, var: A) -> Self {
+    pub fn mean(pivot: A, offset: A) -> Self {
         let high = pivot + offset;
         // What the addition lost (Knuth's exact sum).
         let rest = high - pivot;
         let low = (pivot - (high - rest)) + (offset - rest);
         let finite = high - high == A::ZERO;
-        Stat { high, low: if finite { low } else { A::ZERO }, var }
+        Stat { high, low: if finite { low } else { A::ZERO }, var: A::ZERO }
     }
 
     /// Of a set whose pivot is `pivot`; zeros for an empty set.

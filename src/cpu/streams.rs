@@ -1,52 +1,22 @@
 //! Loops over neighbouring elements: sums in several vectors at once, and maps that write each element once.
 //!
-//! The inner loops of the kernels. Apart, because here each instruction counts: sums have `UNROLL` chains,
-//! so that the processor need not wait for one addition before the next, and rests of less than a vector
+//! The inner loops of the kernels. Apart, because here each instruction counts: sums have several chains,
+//! so that the processor need not wait for one addition before the next; every second addition is a
+//! multiplication by one and addition, which other units of the processor do; rests of less than a vector
 //! are masked.
 //!
 //! All are `#[inline(always)]`, and none takes a closure: a closure may be compiled apart, for the baseline.
 
 use super::element::{Element, Float, V};
 use super::gradient::Slope;
-use super::moments::Stat;
 use super::vector::{Simd, Vector};
 use std::mem::MaybeUninit;
 
 /// Short sets and rows that are worked on side by side: their latencies overlap, and they share each
 /// column's weight in a register.
 pub(super) const ABREAST: usize = 4;
-/// Vectors of partial sums per sum. An addition takes 3 to 5 cycles, and 1 or 2 start in each.
-const UNROLL: usize = 4;
-
-/// The same with two sums.
-macro_rules! each_pair {
-    ($w:expr, $n:expr, |$u:ident, $at:ident| $body:block) => {{
-        use $crate::cpu::streams::At;
-        let (w, n) = ($w, $n);
-        let mut from = 0;
-        while from + 2 * w <= n {
-            {
-                let ($u, $at) = (0, At { from, to: from + w, part: false });
-                $body
-            }
-            {
-                let ($u, $at) = (1, At { from: from + w, to: from + 2 * w, part: false });
-                $body
-            }
-            from += 2 * w;
-        }
-        if from + w <= n {
-            let ($u, $at) = (0, At { from, to: from + w, part: false });
-            $body
-            from += w;
-        }
-        if from < n {
-            let ($u, $at) = (1, At { from, to: n, part: true });
-            $body
-        }
-    }};
-}
-pub(super) use each_pair;
+/// Pairs of vectors of partial sums per sum. An addition takes 3 to 5 cycles, and 1 or 2 start in each.
+const PAIRS: usize = 2;
 
 /// Where a vector's elements lie: `W` of them, or a part.
 #[derive(Clone, Copy)]
@@ -57,12 +27,6 @@ pub(super) struct At {
 }
 
 impl At {
-    /// The same, `n` elements further.
-    #[inline(always)]
-    pub fn after(self, n: usize) -> At {
-        At { from: self.from + n, to: self.to + n, part: self.part }
-    }
-
     /// Zero in the lanes without an element.
     #[inline(always)]
     pub fn keep<V: Vector>(self, v: V) -> V {
@@ -89,66 +53,108 @@ pub(super) fn put<S: Simd, T: Element>(y: &mut [MaybeUninit<T>], at: At, v: V<S,
     }
 }
 
+/// Overwrites elements of the accumulation type.
+#[inline(always)]
+pub(super) fn set<S: Simd, A: Float>(y: &mut [A], at: At, v: V<S, A>) {
+    v.write(&mut y[at.from..at.to]);
+}
+
+/// Asks for the element `ahead` of `x[at]`, which may lie behind the slice's end.
+#[inline(always)]
+fn prefetch<S: Simd, T>(x: &[T], at: usize, ahead: usize) {
+    S::prefetch(x.as_ptr().wrapping_add(at + ahead));
+}
+
 /// `$body` for every vector of `0..$n`, with its place.
 macro_rules! each_vector {
     ($w:expr, $n:expr, |$at:ident| $body:block) => {{
-        let (w, n) = ($w, $n);
         let mut from = 0;
-        while from + w <= n {
-            let $at = $crate::cpu::streams::At { from, to: from + w, part: false };
+        $crate::cpu::streams::each_vector!(from, $w, $n, |$at| $body)
+    }};
+    ($from:ident, $w:expr, $n:expr, |$at:ident| $body:block) => {{
+        let (w, n) = ($w, $n);
+        while $from + w <= n {
+            let $at = $crate::cpu::streams::At { from: $from, to: $from + w, part: false };
             $body
-            from += w;
+            $from += w;
         }
-        if from < n {
-            let $at = $crate::cpu::streams::At { from, to: n, part: true };
+        if $from < n {
+            let $at = $crate::cpu::streams::At { from: $from, to: n, part: true };
             $body
         }
     }};
 }
 pub(super) use each_vector;
 
-/// The same, with the number of the sum's vector to add to.
-macro_rules! each_in_turn {
-    ($w:expr, $n:expr, |$u:ident, $at:ident| $body:block) => {{
+/// `$pair` for as many pairs of vectors as `0..$n` has, with their range; `$one` for up to one vector more
+/// and the rest of one.
+macro_rules! pairwise {
+    ($w:expr, $n:expr, |$pair:ident| $two:block, |$at:ident| $one:block) => {{
         let (w, n) = ($w, $n);
         let mut from = 0;
-        while from + UNROLL * w <= n {
-            for $u in 0..UNROLL {
-                let $at = At { from: from + $u * w, to: from + ($u + 1) * w, part: false };
-                $body
-            }
-            from += UNROLL * w;
+        while from + 2 * w <= n {
+            let $pair = from..from + 2 * w;
+            $two
+            from += 2 * w;
         }
-        // Not a loop: the number must be known when this is compiled.
-        each_in_turn!(@rest w, n, from, 0, |$u, $at| $body);
-        each_in_turn!(@rest w, n, from, 1, |$u, $at| $body);
-        each_in_turn!(@rest w, n, from, 2, |$u, $at| $body);
+        if from + w <= n {
+            let $at = $crate::cpu::streams::At { from, to: from + w, part: false };
+            $one
+            from += w;
+        }
         if from < n {
-            let ($u, $at) = (3, At { from, to: n, part: true });
-            $body
+            let $at = $crate::cpu::streams::At { from, to: n, part: true };
+            $one
         }
     }};
-    (@rest $w:ident, $n:ident, $from:ident, $number:literal, |$u:ident, $at:ident| $body:block) => {
-        if $from + $w <= $n {
-            let ($u, $at) = ($number, At { from: $from, to: $from + $w, part: false });
-            $body
-            $from += $w;
+}
+pub(super) use pairwise;
+
+/// The same, with the number of the pair of sums to add to, 0 or 1.
+macro_rules! pairwise_in_turn {
+    ($w:expr, $n:expr, |$u:ident, $pair:ident| $two:block, |$at:ident| $one:block) => {{
+        let (w, n) = ($w, $n);
+        let mut from = 0;
+        while from + 4 * w <= n {
+            {
+                let ($u, $pair) = (0, from..from + 2 * w);
+                $two
+            }
+            {
+                let ($u, $pair) = (1, from + 2 * w..from + 4 * w);
+                $two
+            }
+            from += 4 * w;
         }
-    };
+        if from + 2 * w <= n {
+            let ($u, $pair) = (0, from..from + 2 * w);
+            $two
+            from += 2 * w;
+        }
+        if from + w <= n {
+            let $at = At { from, to: from + w, part: false };
+            $one
+            from += w;
+        }
+        if from < n {
+            let $at = At { from, to: n, part: true };
+            $one
+        }
+    }};
 }
 
-/// A sum in `UNROLL` vectors.
-pub(super) struct Sum<S: Simd, A: Float>([A::V<S>; UNROLL]);
+/// A sum in several vectors.
+pub(super) struct Sum<S: Simd, A: Float>([[A::V<S>; 2]; PAIRS]);
 
 impl<S: Simd, A: Float> Sum<S, A> {
     #[inline(always)]
     pub fn zero() -> Self {
-        Sum([A::V::<S>::splat(A::ZERO); UNROLL])
+        Sum([[A::V::<S>::splat(A::ZERO); 2]; PAIRS])
     }
 
     #[inline(always)]
     pub fn total(self) -> A {
-        let [a, b, c, d] = self.0;
+        let [[a, b], [c, d]] = self.0;
         ((a + b) + (c + d)).sum()
     }
 }
@@ -156,23 +162,42 @@ impl<S: Simd, A: Float> Sum<S, A> {
 /// Adds `x - pivot`.
 #[inline(always)]
 pub(super) fn add_sum<S: Simd, T: Element>(sum: &mut Sum<S, T::Acc>, x: &[T], pivot: V<S, T>) {
-    each_in_turn!(V::<S, T>::W, x.len(), |u, at| {
-        sum.0[u] = sum.0[u] + at.keep(get::<S, T>(x, at) - pivot);
-    })
+    let one = V::<S, T>::splat(T::Acc::ONE);
+    let sum = &mut sum.0;
+    pairwise_in_turn!(
+        V::<S, T>::W,
+        x.len(),
+        |u, pair| {
+            let [a, b] = T::load_pair::<S>(&x[pair]);
+            sum[u][0] = (a - pivot).fma(one, sum[u][0]);
+            sum[u][1] = (b - pivot).fma(one, sum[u][1]);
+        },
+        |at| {
+            let u = at.part as usize;
+            sum[1][u] = sum[1][u] + at.keep(get::<S, T>(x, at) - pivot);
+        }
+    )
 }
 
-/// Adds `((x - pivot) - offset)^2`.
+/// Adds `(x - high)^2`.
 #[inline(always)]
-pub(super) fn add_squares<S: Simd, T: Element>(
-    sum: &mut Sum<S, T::Acc>,
-    x: &[T],
-    pivot: V<S, T>,
-    offset: V<S, T>,
-) {
-    each_in_turn!(V::<S, T>::W, x.len(), |u, at| {
-        let d = at.keep((get::<S, T>(x, at) - pivot) - offset);
-        sum.0[u] = d.fma(d, sum.0[u]);
-    })
+pub(super) fn add_squares<S: Simd, T: Element>(sum: &mut Sum<S, T::Acc>, x: &[T], high: V<S, T>) {
+    let sum = &mut sum.0;
+    pairwise_in_turn!(
+        V::<S, T>::W,
+        x.len(),
+        |u, pair| {
+            let [a, b] = T::load_pair::<S>(&x[pair]);
+            let (a, b) = (a - high, b - high);
+            sum[u][0] = a.fma(a, sum[u][0]);
+            sum[u][1] = b.fma(b, sum[u][1]);
+        },
+        |at| {
+            let u = at.part as usize;
+            let d = at.keep(get::<S, T>(x, at) - high);
+            sum[1][u] = d.fma(d, sum[1][u]);
+        }
+    )
 }
 
 /// Adds `g` and `g * (x - high)`, where `g = dy * weight`.
@@ -185,83 +210,116 @@ pub(super) fn add_dots<S: Simd, T: Element>(
     high: V<S, T>,
 ) {
     let n = x.len();
-    let dy = &dy[..n];
+    let (g, gx, dy) = (&mut g.0, &mut gx.0, &dy[..n]);
     match weight {
-        None => each_in_turn!(V::<S, T>::W, n, |u, at| {
-            let d = at.keep(get::<S, T>(x, at) - high);
-            let dy = get::<S, T>(dy, at);
-            g.0[u] = g.0[u] + dy;
-            gx.0[u] = dy.fma(d, gx.0[u]);
-        }),
+        None => pairwise_in_turn!(
+            V::<S, T>::W,
+            n,
+            |u, pair| {
+                let [xa, xb] = T::load_pair::<S>(&x[pair.clone()]);
+                let [a, b] = T::load_pair::<S>(&dy[pair]);
+                g[u][0] = g[u][0] + a;
+                g[u][1] = g[u][1] + b;
+                gx[u][0] = a.fma(xa - high, gx[u][0]);
+                gx[u][1] = b.fma(xb - high, gx[u][1]);
+            },
+            |at| {
+                let u = at.part as usize;
+                let d = at.keep(get::<S, T>(x, at) - high);
+                let dy = get::<S, T>(dy, at);
+                g[1][u] = g[1][u] + dy;
+                gx[1][u] = dy.fma(d, gx[1][u]);
+            }
+        ),
         Some(weight) => {
             let weight = &weight[..n];
-            each_in_turn!(V::<S, T>::W, n, |u, at| {
-                let d = at.keep(get::<S, T>(x, at) - high);
-                let dy = get::<S, T>(dy, at) * get::<S, T::Acc>(weight, at);
-                g.0[u] = g.0[u] + dy;
-                gx.0[u] = dy.fma(d, gx.0[u]);
-            })
+            let w = V::<S, T>::W;
+            pairwise_in_turn!(
+                w,
+                n,
+                |u, pair| {
+                    for k in 0..2 {
+                        let at = pair.start + k * w..pair.start + (k + 1) * w;
+                        let d = T::load::<S>(&x[at.clone()]) - high;
+                        let dy = T::load::<S>(&dy[at.clone()]) * <T::Acc as Element>::load::<S>(&weight[at]);
+                        g[u][k] = g[u][k] + dy;
+                        gx[u][k] = dy.fma(d, gx[u][k]);
+                    }
+                },
+                |at| {
+                    let u = at.part as usize;
+                    let d = at.keep(get::<S, T>(x, at) - high);
+                    let dy = get::<S, T>(dy, at) * get::<S, T::Acc>(weight, at);
+                    g[1][u] = g[1][u] + dy;
+                    gx[1][u] = dy.fma(d, gx[1][u]);
+                }
+            )
         }
     }
 }
 
-/// `y = (x - high) * scale + bias`
+/// `y = (x - high) * scale + bias`. Asks for what is `ahead` in x.
 #[inline(always)]
 pub(super) fn scale<S: Simd, T: Element>(
     x: &[T],
     y: &mut [MaybeUninit<T>],
     [high, scale, bias]: [T::Acc; 3],
+    ahead: usize,
 ) {
     let n = x.len();
     let y = &mut y[..n];
-    let [high, scale, bias] = [high, scale, bias].map(V::<S, T>::splat);
-    each_vector!(V::<S, T>::W, n, |at| {
-        put::<S, T>(y, at, (get::<S, T>(x, at) - high).fma(scale, bias));
-    })
+    let high = V::<S, T>::splat(high);
+    let (scale, bias) = (V::<S, T>::splat(scale), V::<S, T>::splat(bias));
+    pairwise!(
+        V::<S, T>::W,
+        n,
+        |pair| {
+            let (first, second) = (pair.start, pair.start + V::<S, T>::W);
+            let [a, b] = T::load_pair::<S>(&x[pair.clone()]);
+            T::store_pair::<S>([(a - high).fma(scale, bias), (b - high).fma(scale, bias)], &mut y[pair]);
+            prefetch::<S, T>(x, first, ahead);
+            prefetch::<S, T>(x, second, ahead);
+        },
+        |at| {
+            put::<S, T>(y, at, (get::<S, T>(x, at) - high).fma(scale, bias));
+            prefetch::<S, T>(x, at.from, ahead);
+        }
+    )
 }
 
-/// `y = ((x - high) * rstd - low * rstd) * weight + bias` for `R` rows, which lie one behind the other in y.
+/// `y = ((x - high) * rstd - low * rstd) * weight + bias`. Asks for what is `ahead` in x.
 #[inline(always)]
-pub(super) fn scale_by_column<S: Simd, T: Element, const R: usize>(
-    x: [&[T]; R],
+pub(super) fn scale_by_column<S: Simd, T: Element>(
+    x: &[T],
     y: &mut [MaybeUninit<T>],
     weight: &[T::Acc],
     bias: Option<&[T::Acc]>,
-    stats: [Stat<T::Acc>; R],
-    eps: T::Acc,
+    [high, rstd, shift]: [T::Acc; 3],
+    ahead: usize,
 ) {
-    let n = weight.len();
-    let zero = V::<S, T>::splat(T::Acc::ZERO);
-    let (mut high, mut scale, mut shift) = ([zero; R], [zero; R], [zero; R]);
-    for r in 0..R {
-        let rstd = stats[r].rstd(eps);
-        high[r] = V::<S, T>::splat(stats[r].high);
-        scale[r] = V::<S, T>::splat(rstd);
-        shift[r] = V::<S, T>::splat(-(stats[r].low * rstd));
-    }
-    let y = &mut y[..R * n];
+    let n = x.len();
+    let (y, weight) = (&mut y[..n], &weight[..n]);
+    let high = V::<S, T>::splat(high);
+    let (rstd, shift) = (V::<S, T>::splat(rstd), V::<S, T>::splat(shift));
     match bias {
         Some(bias) => {
             let bias = &bias[..n];
             each_vector!(V::<S, T>::W, n, |at| {
-                let (weight, bias) = (get::<S, T::Acc>(weight, at), get::<S, T::Acc>(bias, at));
-                for r in 0..R {
-                    let xhat = (get::<S, T>(x[r], at) - high[r]).fma(scale[r], shift[r]);
-                    put::<S, T>(y, at.after(r * n), xhat.fma(weight, bias));
-                }
+                let xhat = (get::<S, T>(x, at) - high).fma(rstd, shift);
+                put::<S, T>(y, at, xhat.fma(get::<S, T::Acc>(weight, at), get::<S, T::Acc>(bias, at)));
+                prefetch::<S, T>(x, at.from, ahead);
             })
         }
         None => each_vector!(V::<S, T>::W, n, |at| {
-            let weight = get::<S, T::Acc>(weight, at);
-            for r in 0..R {
-                let xhat = (get::<S, T>(x[r], at) - high[r]).fma(scale[r], shift[r]);
-                put::<S, T>(y, at.after(r * n), xhat * weight);
-            }
+            let xhat = (get::<S, T>(x, at) - high).fma(rstd, shift);
+            put::<S, T>(y, at, xhat * get::<S, T::Acc>(weight, at));
+            prefetch::<S, T>(x, at.from, ahead);
         }),
     }
 }
 
-/// `dx = dy * weight + ((x - high) * slope + shift)`, the set's `rstd` in the weight.
+/// `dx = dy * weight + ((x - high) * slope + shift)`, the set's `rstd` in the weight. Asks for what is
+/// `ahead` in x and dy.
 #[inline(always)]
 pub(super) fn gradient<S: Simd, T: Element>(
     x: &[T],
@@ -269,14 +327,32 @@ pub(super) fn gradient<S: Simd, T: Element>(
     s: Slope<T::Acc>,
     weight: T::Acc,
     dx: &mut [MaybeUninit<T>],
+    ahead: usize,
 ) {
     let n = x.len();
     let (dy, dx) = (&dy[..n], &mut dx[..n]);
-    let [high, slope, shift, weight] = [s.high, s.slope, s.shift, weight].map(V::<S, T>::splat);
-    each_vector!(V::<S, T>::W, n, |at| {
-        let line = (get::<S, T>(x, at) - high).fma(slope, shift);
-        put::<S, T>(dx, at, get::<S, T>(dy, at).fma(weight, line));
-    })
+    let s = s.splat::<S>();
+    let weight = V::<S, T>::splat(weight);
+    pairwise!(
+        V::<S, T>::W,
+        n,
+        |pair| {
+            let (first, second) = (pair.start, pair.start + V::<S, T>::W);
+            let [xa, xb] = T::load_pair::<S>(&x[pair.clone()]);
+            let [a, b] = T::load_pair::<S>(&dy[pair.clone()]);
+            let a = a.fma(weight, (xa - s.high).fma(s.slope, s.shift));
+            let b = b.fma(weight, (xb - s.high).fma(s.slope, s.shift));
+            T::store_pair::<S>([a, b], &mut dx[pair]);
+            prefetch::<S, T>(x, first, ahead);
+            prefetch::<S, T>(x, second, ahead);
+            prefetch::<S, T>(dy, first, ahead);
+            prefetch::<S, T>(dy, second, ahead);
+        },
+        |at| {
+            let line = (get::<S, T>(x, at) - s.high).fma(s.slope, s.shift);
+            put::<S, T>(dx, at, get::<S, T>(dy, at).fma(weight, line));
+        }
+    )
 }
 
 /// Rows of one length, with a weight for each column, and what each row's set needs.
@@ -285,6 +361,8 @@ pub(super) struct Rows<'a, T: Element, const R: usize> {
     pub dy: [&'a [T]; R],
     pub slopes: [Slope<T::Acc>; R],
     pub weight: &'a [T::Acc],
+    /// Elements from each row to what comes after these rows.
+    pub ahead: usize,
 }
 
 /// Sums of `dy * xhat` and of `dy`, one a column.
@@ -298,10 +376,11 @@ impl<T: Element, const R: usize> Rows<'_, T, R> {
         mut dx: Option<[&mut [MaybeUninit<T>]; R]>,
         sums: Option<ColumnSums<T::Acc>>,
     ) {
-        let n = self.weight.len();
-        let (x, dy, weight) = (self.x.map(|x| &x[..n]), self.dy.map(|dy| &dy[..n]), self.weight);
+        let (n, ahead) = (self.weight.len(), self.ahead);
+        let (mut x, mut dy, weight) = (self.x, self.dy, self.weight);
         let mut slopes = [self.slopes[0].splat::<S>(); R];
-        for r in 1..R {
+        for r in 0..R {
+            (x[r], dy[r]) = (&x[r][..n], &dy[r][..n]);
             slopes[r] = self.slopes[r].splat::<S>();
         }
         match (&mut dx, sums) {
@@ -311,10 +390,12 @@ impl<T: Element, const R: usize> Rows<'_, T, R> {
                     let weight = get::<S, T::Acc>(weight, at);
                     let mut sums = [get::<S, T::Acc>(dw, at), get::<S, T::Acc>(db, at)];
                     for r in 0..R {
-                        let d = get::<S, T>(x[r], at) - slopes[r].high;
-                        let dy = get::<S, T>(dy[r], at);
-                        put::<S, T>(&mut *dx[r], at, slopes[r].gradient(d, dy * weight));
-                        sums = slopes[r].add(sums, d, dy);
+                        let (s, dy) = (&slopes[r], get::<S, T>(dy[r], at));
+                        let (d, scaled) = (get::<S, T>(x[r], at) - s.high, dy * s.rstd);
+                        put::<S, T>(&mut *dx[r], at, scaled.fma(weight, d.fma(s.slope, s.shift)));
+                        sums = s.add(sums, d, dy, scaled);
+                        prefetch::<S, T>(x[r], at.from, ahead);
+                        prefetch::<S, T>(self.dy[r], at.from, ahead);
                     }
                     set::<S, T::Acc>(dw, at, sums[0]);
                     set::<S, T::Acc>(db, at, sums[1]);
@@ -325,8 +406,8 @@ impl<T: Element, const R: usize> Rows<'_, T, R> {
                 each_vector!(V::<S, T>::W, n, |at| {
                     let mut sums = [get::<S, T::Acc>(dw, at), get::<S, T::Acc>(db, at)];
                     for r in 0..R {
-                        let d = get::<S, T>(x[r], at) - slopes[r].high;
-                        sums = slopes[r].add(sums, d, get::<S, T>(dy[r], at));
+                        let (s, dy) = (&slopes[r], get::<S, T>(dy[r], at));
+                        sums = s.add(sums, get::<S, T>(x[r], at) - s.high, dy, dy * s.rstd);
                     }
                     set::<S, T::Acc>(dw, at, sums[0]);
                     set::<S, T::Acc>(db, at, sums[1]);
@@ -335,18 +416,12 @@ impl<T: Element, const R: usize> Rows<'_, T, R> {
             (Some(dx), None) => each_vector!(V::<S, T>::W, n, |at| {
                 let weight = get::<S, T::Acc>(weight, at);
                 for r in 0..R {
-                    let d = get::<S, T>(x[r], at) - slopes[r].high;
-                    let g = get::<S, T>(dy[r], at) * weight;
-                    put::<S, T>(&mut *dx[r], at, slopes[r].gradient(d, g));
+                    let s = &slopes[r];
+                    let (d, scaled) = (get::<S, T>(x[r], at) - s.high, get::<S, T>(dy[r], at) * s.rstd);
+                    put::<S, T>(&mut *dx[r], at, scaled.fma(weight, d.fma(s.slope, s.shift)));
                 }
             }),
             (None, None) => {}
         }
     }
-}
-
-/// Overwrites elements of the accumulation type.
-#[inline(always)]
-pub(super) fn set<S: Simd, A: Float>(y: &mut [A], at: At, v: V<S, A>) {
-    v.write(&mut y[at.from..at.to]);
 }

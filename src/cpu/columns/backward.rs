@@ -181,7 +181,7 @@ struct Line<A> {
     scale: Vec<A>,
     slope: Vec<A>,
     shift: Vec<A>,
-    centre: Vec<A>,
+    low: Vec<A>,
 }
 
 impl<T: Element> Backward<'_, T> {
@@ -198,8 +198,7 @@ impl<T: Element> Backward<'_, T> {
             _ => Some(ColumnSums::of::<S, T>(input, sheet)),
         };
         let zeros = || vec![T::Acc::ZERO; sheet.columns];
-        let mut line =
-            Line { high: zeros(), scale: zeros(), slope: zeros(), shift: zeros(), centre: zeros() };
+        let mut line = Line { high: zeros(), scale: zeros(), slope: zeros(), shift: zeros(), low: zeros() };
         let mut unused = None;
         for (set, columns) in sheet.sets(input.g) {
             let stat = input.stats.of(set);
@@ -223,7 +222,7 @@ impl<T: Element> Backward<'_, T> {
                 line.scale[j] = s.rstd * weight;
                 line.slope[j] = s.slope;
                 line.shift[j] = s.shift;
-                line.centre[j] = s.centre;
+                line.low[j] = s.low;
             }
         }
         line
@@ -242,13 +241,12 @@ impl<T: Element> Backward<'_, T> {
                 let first = sheet.first + r * sheet.stride;
                 let (x, dy) = (&self.input.x[first..], &self.input.dy[first..]);
                 let (x, dy, high) = (&x[c..end], &dy[c..end], &line.high[c..end]);
-                let (scale, centre) = (&line.scale[c..end], &line.centre[c..end]);
+                let (rstd, low) = (&line.scale[c..end], &line.low[c..end]);
                 let (mut dw, mut db) = (zero, zero);
                 each_vector!(V::<S, T>::W, end - c, |at| {
                     let dy = get::<S, T>(dy, at);
-                    let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
-                    let xhat = d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(centre, at));
-                    dw = dy.fma(xhat, dw);
+                    let d = (get::<S, T>(x, at) - get::<S, T::Acc>(high, at)) - get::<S, T::Acc>(low, at);
+                    dw = (dy * get::<S, T::Acc>(rstd, at)).fma(d, dw);
                     db = db + dy;
                 });
                 slots.weight[slot] += dw.sum();

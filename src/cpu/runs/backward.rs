@@ -143,7 +143,7 @@ impl<T: Element> Backward<'_, T> {
                 for (p, c) in part.spans(span) {
                     let at = row * g.width + c.start..row * g.width + c.end;
                     let to = dx.row(row, c);
-                    gradient::<S, T>(&x[at.clone()], &dy[at], s, s.rstd * params.weight(p), to);
+                    gradient::<S, T>(&x[at.clone()], &dy[at], s, s.rstd * params.weight(p), to, g.run);
                 }
             }
         }
@@ -192,6 +192,7 @@ impl<T: Element> Backward<'_, T> {
             dy: std::array::from_fn(|k| &dy[at(k)]),
             slopes,
             weight: &weight[c.clone()],
+            ahead: R * g.width,
         };
         let own = c.start - tile.columns.start..c.end - tile.columns.start;
         let sums = self.slots.as_mut().map(|s| [&mut s.weight[own.clone()], &mut s.bias[own]]);

@@ -10,13 +10,13 @@ use crate::cpu::element::{Element, Float, V};
 use crate::cpu::gradient::{MeansFrom, Slope};
 use crate::cpu::moments::{Source, Stat};
 use crate::cpu::params::Form;
-use crate::cpu::streams::{self, each_pair, Rows, ABREAST};
+use crate::cpu::streams::{self, pairwise, Rows, ABREAST};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
 use std::ops::Range;
 
-/// Elements up to which sets are taken abreast: a quarter of them, f32, stays in the first-level cache.
+/// Bytes up to which sets are taken abreast.
 const SHORT: usize = 1024;
 
 /// The sets of a tile of whole runs.
@@ -38,8 +38,8 @@ impl Lines {
     }
 
     #[inline(always)]
-    fn short(&self) -> bool {
-        self.n <= SHORT
+    fn short<T>(&self) -> bool {
+        self.n * size_of::<T>() <= SHORT
     }
 
     #[inline(always)]
@@ -53,7 +53,7 @@ impl<T: Element> Forward<'_, T> {
     #[inline(always)]
     pub(super) fn lines<S: Simd>(&mut self, lines: Lines) {
         let mut set = lines.sets.start;
-        if lines.short() {
+        if lines.short::<T>() {
             while set + ABREAST <= lines.sets.end {
                 self.abreast::<S, ABREAST>(&lines, set);
                 set += ABREAST;
@@ -76,7 +76,7 @@ impl<T: Element> Forward<'_, T> {
                     stats[r] = given.of(set + r);
                 }
             }
-            Source::Tile(_) if lines.short() => stats = short_stats::<S, T, R>(x, self.g.center),
+            Source::Tile(_) if lines.short::<T>() => stats = short_stats::<S, T, R>(x, self.g.center),
             Source::Tile(_) => {
                 for r in 0..R {
                     let part = lines.part(self.g, set + r);
@@ -93,7 +93,12 @@ impl<T: Element> Forward<'_, T> {
         let y = self.out.rows(set * n..(set + R) * n);
         match (params.form, &params.weight) {
             (Form::Columns, Some(weight)) => {
-                streams::scale_by_column::<S, T, R>(x, y, weight, params.bias.as_deref(), stats, self.eps);
+                for r in 0..R {
+                    let (Stat { high, low, .. }, rstd) = (stats[r], stats[r].rstd(self.eps));
+                    let (y, bias) = (&mut y[r * n..(r + 1) * n], params.bias.as_deref());
+                    let constants = [high, rstd, -(low * rstd)];
+                    streams::scale_by_column::<S, T>(x[r], y, weight, bias, constants, R * n);
+                }
             }
             (Form::Spans(span), _) => {
                 for r in 0..R {
@@ -103,7 +108,7 @@ impl<T: Element> Forward<'_, T> {
                     let y = y[r * n..(r + 1) * n].chunks_exact_mut(span);
                     for (x, y) in x[r].chunks_exact(span).zip(y) {
                         let scale = rstd * params.weight(p);
-                        streams::scale::<S, T>(x, y, [high, scale, params.bias(p) - low * scale]);
+                        streams::scale::<S, T>(x, y, [high, scale, params.bias(p) - low * scale], n);
                         p += 1;
                     }
                 }
@@ -128,37 +133,60 @@ fn rows<'a, T, const R: usize>(x: &'a [T], lines: &Lines, set: usize) -> [&'a [T
 #[inline(always)]
 fn short_stats<S: Simd, T: Element, const R: usize>(x: [&[T]; R], center: bool) -> [Stat<T::Acc>; R] {
     let zero = V::<S, T>::splat(T::Acc::ZERO);
+    let one = V::<S, T>::splat(T::Acc::ONE);
     let n = x[0].len();
     let count = T::Acc::from64(n as f64);
-    let (mut pivot, mut offset) = ([T::Acc::ZERO; R], [T::Acc::ZERO; R]);
-    let (mut pivots, mut offsets) = ([zero; R], [zero; R]);
+    let mut stats = [Stat::ZERO; R];
+    let mut base = [zero; R];
     if center {
-        let mut sum = [[zero; 2]; R];
         for r in 0..R {
-            pivot[r] = x[r][0].widen();
-            pivots[r] = V::<S, T>::splat(pivot[r]);
+            base[r] = V::<S, T>::splat(x[r][0].widen());
         }
-        each_pair!(V::<S, T>::W, n, |u, at| {
-            for r in 0..R {
-                let d = streams::get::<S, T>(x[r], at) - pivots[r];
-                sum[r][u] = sum[r][u] + at.keep(d);
+        let mut sum = [[zero; 2]; R];
+        pairwise!(
+            V::<S, T>::W,
+            n,
+            |pair| {
+                for r in 0..R {
+                    let [a, b] = T::load_pair::<S>(&x[r][pair.clone()]);
+                    sum[r][0] = (a - base[r]).fma(one, sum[r][0]);
+                    sum[r][1] = (b - base[r]).fma(one, sum[r][1]);
+                }
+            },
+            |at| {
+                for r in 0..R {
+                    sum[r][0] = sum[r][0] + at.keep(streams::get::<S, T>(x[r], at) - base[r]);
+                }
             }
-        });
+        );
         for r in 0..R {
-            offset[r] = (sum[r][0] + sum[r][1]).sum() / count;
-            offsets[r] = V::<S, T>::splat(offset[r]);
+            stats[r] = Stat::mean(x[r][0].widen(), (sum[r][0] + sum[r][1]).sum() / count);
+            base[r] = V::<S, T>::splat(stats[r].high);
         }
     }
-    let mut m2 = [[zero; 2]; R];
-    each_pair!(V::<S, T>::W, n, |u, at| {
-        for r in 0..R {
-            let d = at.keep((streams::get::<S, T>(x[r], at) - pivots[r]) - offsets[r]);
-            m2[r][u] = d.fma(d, m2[r][u]);
+    let mut squares = [[zero; 2]; R];
+    pairwise!(
+        V::<S, T>::W,
+        n,
+        |pair| {
+            for r in 0..R {
+                let [a, b] = T::load_pair::<S>(&x[r][pair.clone()]);
+                let (a, b) = (a - base[r], b - base[r]);
+                squares[r][0] = a.fma(a, squares[r][0]);
+                squares[r][1] = b.fma(b, squares[r][1]);
+            }
+        },
+        |at| {
+            for r in 0..R {
+                let d = at.keep(streams::get::<S, T>(x[r], at) - base[r]);
+                squares[r][0] = d.fma(d, squares[r][0]);
+            }
         }
-    });
-    let mut stats = [Stat::ZERO; R];
+    );
     for r in 0..R {
-        stats[r] = Stat::sum(pivot[r], offset[r], (m2[r][0] + m2[r][1]).sum() / count);
+        // About `high`, which the mean is off by `low`.
+        let square = (squares[r][0] + squares[r][1]).sum() / count;
+        stats[r].var = square - stats[r].low * stats[r].low;
     }
     stats
 }
@@ -185,7 +213,7 @@ impl<T: Element> Backward<'_, T> {
         let (x, dy) = (rows(self.input.x, lines, set), rows(self.input.dy, lines, set));
         let mut slopes = [Slope::ZERO; R];
         match self.means {
-            MeansFrom::Tile if lines.short() => {
+            MeansFrom::Tile if lines.short::<T>() => {
                 slopes = short_slopes::<S, T, R>(&self.input, x, dy, weight, set);
             }
             _ => {
@@ -196,7 +224,7 @@ impl<T: Element> Backward<'_, T> {
         }
         let sums = self.slots.as_mut().map(|s| [&mut *s.weight, &mut *s.bias]);
         let dx = self.dx.as_mut().map(|dx| dx.rows_of::<R>(set, 0..lines.n));
-        Rows::<T, R> { x, dy, slopes, weight }.gradient::<S>(dx, sums);
+        Rows::<T, R> { x, dy, slopes, weight, ahead: R * lines.n }.gradient::<S>(dx, sums);
     }
 }
 

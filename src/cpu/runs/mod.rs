@@ -80,24 +80,27 @@ pub(in crate::cpu) fn pivot<T: Element>(g: &Geometry, x: &[T], first: usize) -> 
 /// Moments of a part about the set's pivot; about zero without centering.
 #[inline(always)]
 pub(in crate::cpu) fn moments<S: Simd, T: Element>(g: &Geometry, x: &[T], part: &Part) -> Moments {
-    let pivot = V::<S, T>::splat(pivot(g, x, part.first));
+    let pivot = pivot(g, x, part.first);
     let mut moments = Moments::default();
     for (rows, columns) in part.panels() {
         let n = (rows.len() * columns.len()) as f64;
         let row = |r: usize| &x[r * g.width + columns.start..r * g.width + columns.end];
-        let mut offset = T::Acc::ZERO;
+        let mut mean = Stat::ZERO;
         if g.center {
             let mut sum = Sum::<S, T::Acc>::zero();
             for r in rows.clone() {
-                add_sum(&mut sum, row(r), pivot);
+                add_sum(&mut sum, row(r), V::<S, T>::splat(pivot));
             }
-            offset = T::Acc::from64(sum.total().to64() / n);
+            mean = Stat::mean(pivot, T::Acc::from64(sum.total().to64() / n));
         }
-        let mut m2 = Sum::<S, T::Acc>::zero();
+        let mut squares = Sum::<S, T::Acc>::zero();
         for r in rows {
-            add_squares(&mut m2, row(r), pivot, V::<S, T>::splat(offset));
+            add_squares(&mut squares, row(r), V::<S, T>::splat(mean.high));
         }
-        moments.merge(Moments { n, offset: offset.to64(), m2: m2.total().to64() });
+        // About `high`, which the mean is off by `low`.
+        let low = mean.low.to64();
+        let m2 = squares.total().to64() - n * low * low;
+        moments.merge(Moments { n, offset: mean.high.to64() - pivot.to64() + low, m2 });
     }
     moments
 }
@@ -167,14 +170,15 @@ impl<T: Element> Forward<'_, T> {
                     let c = part.columns.clone();
                     let bias = bias.as_ref().map(|b| &b[c.clone()]);
                     let y = out.row(row, c.clone());
-                    scale_by_column::<S, T, 1>([&x[c.clone()]], y, &weight[c], bias, [stat], self.eps);
+                    let constants = [high, rstd, shift];
+                    scale_by_column::<S, T>(&x[c.clone()], y, &weight[c], bias, constants, 0);
                 }
                 (Form::Spans(span), _, _) => {
                     for (p, c) in part.spans(span) {
                         let weight = params.weight(p);
                         let bias = params.bias(p) + shift * weight;
                         let y = out.row(row, c.clone());
-                        scale::<S, T>(&x[c], y, [high, rstd * weight, bias]);
+                        scale::<S, T>(&x[c], y, [high, rstd * weight, bias], self.g.run);
                     }
                 }
                 // `Params::new` gives columns a weight, and rows are not walked by runs.

@@ -22,6 +22,9 @@ use std::ops::{Add, Mul, Sub};
 pub(super) trait Simd: Copy + 'static {
     type F32: Vector<Lane = f32> + Convert<f32, f32> + Convert<bf16, f32> + Convert<f16, f32>;
     type F64: Vector<Lane = f64> + Convert<f64, f64>;
+
+    /// Asks for the cache line of `p`, which may lie anywhere: nothing is read.
+    fn prefetch<T>(p: *const T);
 }
 
 /// `W` numbers.
@@ -49,11 +52,25 @@ pub(super) trait Convert<T, A>: Vector<Lane = A> {
     /// `x` has `W` elements.
     fn load(x: &[T]) -> Self;
 
+    /// `x` has `2 * W` elements, which come in an order of the type's own.
+    #[inline(always)]
+    fn load_pair(x: &[T]) -> [Self; 2] {
+        [Self::load(&x[..Self::W]), Self::load(&x[Self::W..])]
+    }
+
     /// `x` has at most `W` elements; zero in the other lanes.
     fn load_part(x: &[T]) -> Self;
 
     /// `y` has room for `W` elements.
     fn store(self, y: &mut [MaybeUninit<T>]);
+
+    /// `y` has room for `2 * W` elements, which come in the order of `load_pair`.
+    #[inline(always)]
+    fn store_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<T>]) {
+        let (first, second) = y.split_at_mut(Self::W);
+        a.store(first);
+        b.store(second);
+    }
 
     /// `y` has room for at most `W` elements.
     fn store_part(self, y: &mut [MaybeUninit<T>]);

@@ -17,6 +17,8 @@ pub(in crate::cpu) struct Portable;
 impl Simd for Portable {
     type F32 = Lanes<f32, 4>;
     type F64 = Lanes<f64, 2>;
+
+    fn prefetch<T>(_: *const T) {}
 }
 
 #[derive(Clone, Copy)]

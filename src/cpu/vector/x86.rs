@@ -23,11 +23,23 @@ pub(in crate::cpu) struct Avx512;
 impl Simd for Avx2 {
     type F32 = F32x8;
     type F64 = F64x4;
+
+    #[inline(always)]
+    fn prefetch<T>(p: *const T) {
+        // SAFETY: a hint, which is no access.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
 }
 
 impl Simd for Avx512 {
     type F32 = F32x16;
     type F64 = F64x8;
+
+    #[inline(always)]
+    fn prefetch<T>(p: *const T) {
+        // SAFETY: a hint, which is no access.
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+    }
 }
 
 /// A vector type and the arithmetic that has one instruction an operation.
@@ -94,58 +106,18 @@ macro_rules! vector {
     };
 }
 
-vector!(
-    F32x16,
-    __m512,
-    f32,
-    16,
-    _mm512_set1_ps,
-    _mm512_add_ps,
-    _mm512_sub_ps,
-    _mm512_mul_ps,
-    _mm512_fmadd_ps,
-    |s| sum8(_mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps::<1>(s))),
-    |k, n| _mm512_maskz_mov_ps(first(n) as u16, k)
-);
-vector!(
-    F64x8,
-    __m512d,
-    f64,
-    8,
-    _mm512_set1_pd,
-    _mm512_add_pd,
-    _mm512_sub_pd,
-    _mm512_mul_pd,
-    _mm512_fmadd_pd,
-    |s| sum4(_mm256_add_pd(_mm512_castpd512_pd256(s), _mm512_extractf64x4_pd::<1>(s))),
-    |k, n| _mm512_maskz_mov_pd(first(n) as u8, k)
-);
-vector!(
-    F32x8,
-    __m256,
-    f32,
-    8,
-    _mm256_set1_ps,
-    _mm256_add_ps,
-    _mm256_sub_ps,
-    _mm256_mul_ps,
-    _mm256_fmadd_ps,
-    |s| sum8(s),
-    |k, n| _mm256_and_ps(k, _mm256_castsi256_ps(first8(n)))
-);
-vector!(
-    F64x4,
-    __m256d,
-    f64,
-    4,
-    _mm256_set1_pd,
-    _mm256_add_pd,
-    _mm256_sub_pd,
-    _mm256_mul_pd,
-    _mm256_fmadd_pd,
-    |s| sum4(s),
-    |k, n| _mm256_and_pd(k, _mm256_castsi256_pd(first4(n)))
-);
+vector! { F32x16, __m512, f32, 16, _mm512_set1_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_fmadd_ps,
+|s| sum8(_mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps::<1>(s))),
+|k, n| _mm512_maskz_mov_ps(first(n) as u16, k) }
+vector! { F64x8, __m512d, f64, 8, _mm512_set1_pd, _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_fmadd_pd,
+|s| sum4(_mm256_add_pd(_mm512_castpd512_pd256(s), _mm512_extractf64x4_pd::<1>(s))),
+|k, n| _mm512_maskz_mov_pd(first(n) as u8, k) }
+vector! { F32x8, __m256, f32, 8, _mm256_set1_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_fmadd_ps,
+|s| sum8(s),
+|k, n| _mm256_and_ps(k, _mm256_castsi256_ps(first8(n))) }
+vector! { F64x4, __m256d, f64, 4, _mm256_set1_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd, _mm256_fmadd_pd,
+|s| sum4(s),
+|k, n| _mm256_and_pd(k, _mm256_castsi256_pd(first4(n))) }
 
 /// A mask of the first `n < 32` lanes.
 #[inline(always)]
@@ -186,11 +158,13 @@ unsafe fn sum4(s: __m256d) -> f64 {
     }
 }
 
-/// Loads and stores of a type: `$p` is the slice's pointer, `$n` its length where it is a part.
+/// Loads and stores of a type: `p` is the slice's pointer, `n` its length where it is a part, `v` what is
+/// stored.
 macro_rules! convert {
     ($name:ident, $t:ty, $a:ty,
      load |$lp:ident| $load:expr, part |$pp:ident, $pn:ident| $part:expr,
-     store |$sp:ident, $sv:ident| $store:expr, part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr) => {
+     store |$sp:ident, $sv:ident| $store:expr, part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr
+     $(, pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr)?) => {
         impl Convert<$t, $a> for $name {
             #[inline(always)]
             fn load(x: &[$t]) -> Self {
@@ -223,115 +197,66 @@ macro_rules! convert {
                 // SAFETY: no more than the slice's elements are written; within this type's level.
                 unsafe { $store_part }
             }
+
+            $(
+                #[inline(always)]
+                fn load_pair(x: &[$t]) -> [Self; 2] {
+                    assert!(x.len() == 2 * Self::W);
+                    let $qp = x.as_ptr();
+                    // SAFETY: `2 * W` elements are read, and there are as many; within this type's level.
+                    let (a, b) = unsafe { $load_pair };
+                    [$name(a), $name(b)]
+                }
+
+                #[inline(always)]
+                fn store_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<$t>]) {
+                    assert!(y.len() == 2 * Self::W);
+                    let ($rp, $ra, $rb) = (y.as_mut_ptr().cast::<$t>(), a.0, b.0);
+                    // SAFETY: `2 * W` elements are written, and there is room; within this type's level.
+                    unsafe { $store_pair }
+                }
+            )?
         }
     };
 }
 
-convert!(
-    F32x16,
-    f32,
-    f32,
-    load | p | _mm512_loadu_ps(p),
-    part | p,
-    n | _mm512_maskz_loadu_ps(first(n) as u16, p),
-    store | p,
-    v | _mm512_storeu_ps(p, v),
-    part | p,
-    v,
-    n | _mm512_mask_storeu_ps(p, first(n) as u16, v)
-);
-convert!(
-    F64x8,
-    f64,
-    f64,
-    load | p | _mm512_loadu_pd(p),
-    part | p,
-    n | _mm512_maskz_loadu_pd(first(n) as u8, p),
-    store | p,
-    v | _mm512_storeu_pd(p, v),
-    part | p,
-    v,
-    n | _mm512_mask_storeu_pd(p, first(n) as u8, v)
-);
-convert!(
-    F32x8,
-    f32,
-    f32,
-    load | p | _mm256_loadu_ps(p),
-    part | p,
-    n | _mm256_maskload_ps(p, first8(n)),
-    store | p,
-    v | _mm256_storeu_ps(p, v),
-    part | p,
-    v,
-    n | _mm256_maskstore_ps(p, first8(n), v)
-);
-convert!(
-    F64x4,
-    f64,
-    f64,
-    load | p | _mm256_loadu_pd(p),
-    part | p,
-    n | _mm256_maskload_pd(p, first4(n)),
-    store | p,
-    v | _mm256_storeu_pd(p, v),
-    part | p,
-    v,
-    n | _mm256_maskstore_pd(p, first4(n), v)
-);
+convert! { F32x16, f32, f32,
+load |p| _mm512_loadu_ps(p), part |p, n| _mm512_maskz_loadu_ps(first(n) as u16, p),
+store |p, v| _mm512_storeu_ps(p, v), part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v) }
+convert! { F64x8, f64, f64,
+load |p| _mm512_loadu_pd(p), part |p, n| _mm512_maskz_loadu_pd(first(n) as u8, p),
+store |p, v| _mm512_storeu_pd(p, v), part |p, v, n| _mm512_mask_storeu_pd(p, first(n) as u8, v) }
+convert! { F32x8, f32, f32,
+load |p| _mm256_loadu_ps(p), part |p, n| _mm256_maskload_ps(p, first8(n)),
+store |p, v| _mm256_storeu_ps(p, v), part |p, v, n| _mm256_maskstore_ps(p, first8(n), v) }
+convert! { F64x4, f64, f64,
+load |p| _mm256_loadu_pd(p), part |p, n| _mm256_maskload_pd(p, first4(n)),
+store |p, v| _mm256_storeu_pd(p, v), part |p, v, n| _mm256_maskstore_pd(p, first4(n), v) }
 
-convert!(
-    F32x16,
-    bf16,
-    f32,
-    load | p | bf16_wide16(_mm256_loadu_si256(p.cast())),
-    part | p,
-    n | bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
-    store | p,
-    v | _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
-    part | p,
-    v,
-    n | _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v))
-);
-convert!(
-    F32x16,
-    f16,
-    f32,
-    load | p | _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
-    part | p,
-    n | _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
-    store | p,
-    v | _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
-    part | p,
-    v,
-    n | _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v))
-);
-convert!(
-    F32x8,
-    bf16,
-    f32,
-    load | p | bf16_wide8(_mm_loadu_si128(p.cast())),
-    part | p,
-    n | bf16_wide8(load16(p.cast(), n)),
-    store | p,
-    v | _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
-    part | p,
-    v,
-    n | store16(p.cast(), bf16_narrow8(v), n)
-);
-convert!(
-    F32x8,
-    f16,
-    f32,
-    load | p | _mm256_cvtph_ps(_mm_loadu_si128(p.cast())),
-    part | p,
-    n | _mm256_cvtph_ps(load16(p.cast(), n)),
-    store | p,
-    v | _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
-    part | p,
-    v,
-    n | store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n)
-);
+// Pairs of bf16 vectors are the elements at even places and those at odd ones: a shift and a mask part the
+// 32-bit words that have one of each, where neighbours would have to be moved across the register.
+convert! { F32x16, bf16, f32,
+load |p| bf16_wide16(_mm256_loadu_si256(p.cast())),
+part |p, n| bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
+store |p, v| _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
+part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v)),
+pairs |p| bf16_parted16(_mm512_loadu_si512(p.cast())),
+|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)) }
+convert! { F32x16, f16, f32,
+load |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
+part |p, n| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
+store |p, v| _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
+part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v)) }
+convert! { F32x8, bf16, f32,
+load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
+store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
+part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
+pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
+|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)) }
+convert! { F32x8, f16, f32,
+load |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())), part |p, n| _mm256_cvtph_ps(load16(p.cast(), n)),
+store |p, v| _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
+part |p, v, n| store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n) }
 
 /// Ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
@@ -348,23 +273,40 @@ unsafe fn bf16_wide8(x: __m128i) -> __m256 {
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
 }
 
-/// To nearest, ties to even; NaN stays NaN (`element.rs` has the same in scalars). Not the processor's own
-/// conversion, which takes subnormals for zero.
 #[inline(always)]
-unsafe fn bf16_narrow16(x: __m512) -> __m256i {
+unsafe fn bf16_parted16(x: __m512i) -> (__m512, __m512) {
+    // SAFETY: called within AVX-512.
+    unsafe {
+        let odd = _mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000u32 as i32));
+        (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)), _mm512_castsi512_ps(odd))
+    }
+}
+
+#[inline(always)]
+unsafe fn bf16_parted8(x: __m256i) -> (__m256, __m256) {
+    // SAFETY: called within AVX2.
+    unsafe {
+        let odd = _mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32));
+        (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)), _mm256_castsi256_ps(odd))
+    }
+}
+
+/// To nearest, ties to even, in the upper halves; NaN stays NaN (`element.rs` has the same in scalars). Not
+/// the processor's own conversion, which takes subnormals for zero.
+#[inline(always)]
+unsafe fn bf16_rounded16(x: __m512) -> __m512i {
     // SAFETY: called within AVX-512.
     unsafe {
         let bits = _mm512_castps_si512(x);
         let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
         let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
         let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-        let rounded = _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000));
-        _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000))
     }
 }
 
 #[inline(always)]
-unsafe fn bf16_narrow8(x: __m256) -> __m128i {
+unsafe fn bf16_rounded8(x: __m256) -> __m256i {
     // SAFETY: called within AVX2.
     unsafe {
         let bits = _mm256_castps_si256(x);
@@ -372,9 +314,41 @@ unsafe fn bf16_narrow8(x: __m256) -> __m128i {
         let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
         let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
         let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-        let high = _mm256_srli_epi32::<16>(_mm256_blendv_epi8(rounded, quiet, nan));
+        _mm256_blendv_epi8(rounded, quiet, nan)
+    }
+}
+
+#[inline(always)]
+unsafe fn bf16_narrow16(x: __m512) -> __m256i {
+    // SAFETY: called within AVX-512.
+    unsafe { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bf16_rounded16(x))) }
+}
+
+#[inline(always)]
+unsafe fn bf16_narrow8(x: __m256) -> __m128i {
+    // SAFETY: called within AVX2.
+    unsafe {
+        let high = _mm256_srli_epi32::<16>(bf16_rounded8(x));
         // Packing works within each half of the register.
         _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high))
+    }
+}
+
+#[inline(always)]
+unsafe fn bf16_joined16(even: __m512, odd: __m512) -> __m512i {
+    // SAFETY: called within AVX-512.
+    unsafe {
+        let even = _mm512_srli_epi32::<16>(bf16_rounded16(even));
+        _mm512_mask_blend_epi16(0xaaaa_aaaa, even, bf16_rounded16(odd))
+    }
+}
+
+#[inline(always)]
+unsafe fn bf16_joined8(even: __m256, odd: __m256) -> __m256i {
+    // SAFETY: called within AVX2.
+    unsafe {
+        let even = _mm256_srli_epi32::<16>(bf16_rounded8(even));
+        _mm256_blend_epi16::<0xaa>(even, bf16_rounded8(odd))
     }
 }
 
