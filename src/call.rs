@@ -8,7 +8,7 @@
 //! `var` is biased. RMS norm has `mean = mean_low = 0` and the mean square as `var`.
 
 use crate::geometry::Geometry;
-use candle_core::{DType, Layout};
+use candle_core::{DType, Layout, Result, Tensor, Var};
 
 /// A contiguous argument: its storage, and where its first element lies.
 #[derive(Debug)]
@@ -99,9 +99,22 @@ pub(crate) struct Gradients<S> {
 /// candle holds read locks on those.
 #[derive(Debug, Clone)]
 pub(crate) struct Running {
-    pub mean: candle_core::Var,
-    pub var: candle_core::Var,
+    pub mean: Var,
+    pub var: Var,
     pub momentum: f64,
+}
+
+impl Running {
+    /// Moves both by candle's ops, for statistics that no kernel of ours can move; `var` is unbiased.
+    pub fn move_towards(&self, mean: &Tensor, var: &Tensor) -> Result<()> {
+        let moved = |running: &Var, batch: &Tensor| {
+            let batch = batch.to_dtype(running.dtype())?;
+            (running.as_detached_tensor() * (1.0 - self.momentum))? + (batch * self.momentum)?
+        };
+        let (mean, var) = (moved(&self.mean, mean)?, moved(&self.var, var)?);
+        self.mean.set(&mean)?;
+        self.var.set(&var)
+    }
 }
 
 /// dtype in which x of dtype `x` is accumulated and its statistics are kept.

@@ -379,15 +379,20 @@ fn check_running(
     };
     check_param(op, "running_mean", input, Some(mean), &[channels])?;
     check_param(op, "running_var", input, Some(var), &[channels])?;
-    if !(0.0..=1.0).contains(&momentum) {
-        bail!("{op}: momentum must be between 0 and 1, got {momentum}")
-    }
+    check_momentum(op, momentum)?;
     for (what, var) in [("running_mean", mean), ("running_var", var)] {
         if !var.is_contiguous() {
             bail!("{op}: {what} has strides {:?}, expected a contiguous variable", var.stride())
         }
     }
     Ok(Some(Running { mean: mean.clone(), var: var.clone(), momentum }))
+}
+
+pub(crate) fn check_momentum(op: &str, momentum: f64) -> Result<()> {
+    if !(0.0..=1.0).contains(&momentum) {
+        bail!("{op}: momentum must be between 0 and 1, got {momentum}")
+    }
+    Ok(())
 }
 
 /// Refuses running statistics that lie in an argument's memory: candle holds a read lock on it while

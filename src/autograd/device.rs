@@ -6,14 +6,86 @@
 use crate::call::{Arg, Backward, Forward, Gradients, Norm, Want};
 #[cfg(not(feature = "cuda-emulation"))]
 use crate::cpu as host;
+#[cfg(feature = "cuda")]
+use crate::cuda;
 #[cfg(feature = "cuda-emulation")]
 use crate::cuda::emulation as host;
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CpuStorage, DType, Result, Storage, Tensor};
-use std::ops::Deref;
+use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, StorageRef, Tensor};
 
-pub(crate) fn cpu_forward(call: Forward<'_, CpuStorage>) -> Result<(CpuStorage, Option<CpuStorage>)> {
-    host::forward(call)
+/// The memory of a device, and the kernels that run on it.
+pub(crate) trait Kernels: Sized {
+    fn wrap(self) -> Storage;
+    fn unwrap(storage: &Storage) -> Option<&Self>;
+    fn forward(call: Forward<Self>) -> Result<(Self, Option<Self>)>;
+    fn backward(call: Backward<Self>) -> Result<Gradients<Self>>;
+    fn statistics(norm: Norm, x: Arg<Self>) -> Result<Self>;
+    fn gradient_sums(call: Backward<Self>) -> Result<Self>;
+    fn input_gradient(call: Backward<Self>, sums: Arg<Self>, count: f64) -> Result<Self>;
+}
+
+/// A device side: the functions of `$side` over its storage.
+macro_rules! kernels {
+    ($storage:ty, $variant:ident, $side:ident) => {
+        impl Kernels for $storage {
+            fn wrap(self) -> Storage {
+                Storage::$variant(self)
+            }
+
+            fn unwrap(storage: &Storage) -> Option<&Self> {
+                match storage {
+                    Storage::$variant(storage) => Some(storage),
+                    _ => None,
+                }
+            }
+
+            fn forward(call: Forward<Self>) -> Result<(Self, Option<Self>)> {
+                $side::forward(call)
+            }
+
+            fn backward(call: Backward<Self>) -> Result<Gradients<Self>> {
+                $side::backward(call)
+            }
+
+            fn statistics(norm: Norm, x: Arg<Self>) -> Result<Self> {
+                $side::statistics(norm, x)
+            }
+
+            fn gradient_sums(call: Backward<Self>) -> Result<Self> {
+                $side::gradient_sums(call)
+            }
+
+            fn input_gradient(call: Backward<Self>, sums: Arg<Self>, count: f64) -> Result<Self> {
+                $side::input_gradient(call, sums, count)
+            }
+        }
+    };
+}
+
+kernels!(CpuStorage, Cpu, host);
+#[cfg(feature = "cuda")]
+kernels!(candle_core::CudaStorage, Cuda, cuda);
+
+/// Runs `$run::<S>` for the storage that a tensor on `$device` has.
+macro_rules! on_device {
+    ($op:expr, $device:expr, $run:ident $args:tt) => {
+        match $device {
+            Device::Cpu => $run::<CpuStorage> $args,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => $run::<candle_core::CudaStorage> $args,
+            other => bail!("{}: no kernels for device {:?}", $op, other.location()),
+        }
+    };
+}
+
+type Guarded<'a> = (StorageRef<'a>, &'a Layout);
+
+/// A tensor's storage as an argument.
+pub(crate) fn arg<'a, S: Kernels>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, S>> {
+    match S::unwrap(&guarded.0) {
+        Some(storage) => Ok(Arg::new(storage, guarded.1)),
+        None => bail!("candle-norm: an argument is not on the input's device"),
+    }
 }
 
 /// A tensor without a graph behind it.
@@ -32,102 +104,65 @@ pub(crate) struct BackwardTensors<'a> {
     pub want: Want,
 }
 
-/// Runs `$body` with `$call` bound to a `Backward` over the storages of `$t`, on their device.
-macro_rules! on_device {
-    ($t:expr, |$call:ident| cpu: $cpu:expr, cuda: $cuda:expr) => {{
-        let t = $t;
-        let x = t.x.storage_and_layout();
-        let dy = t.dy.storage_and_layout();
-        let stats = t.stats.storage_and_layout();
-        let weight = t.weight.map(|w| w.storage_and_layout());
-        match x.0.deref() {
-            Storage::Cpu(_) => {
-                let $call = Backward {
-                    norm: t.norm,
-                    x: cpu(&x)?,
-                    dy: cpu(&dy)?,
-                    weight: weight.as_ref().map(cpu).transpose()?,
-                    stats: cpu(&stats)?,
-                    fixed: t.fixed,
-                    want: t.want,
-                };
-                $cpu
-            }
-            #[cfg(feature = "cuda")]
-            Storage::Cuda(_) => {
-                let $call = Backward {
-                    norm: t.norm,
-                    x: cuda(&x)?,
-                    dy: cuda(&dy)?,
-                    weight: weight.as_ref().map(cuda).transpose()?,
-                    stats: cuda(&stats)?,
-                    fixed: t.fixed,
-                    want: t.want,
-                };
-                $cuda
-            }
-            _ => bail!("{}: no kernels for device {:?}", t.norm.name, t.x.device().location()),
-        }
-    }};
-}
-
-type Guarded<'a> = (candle_core::StorageRef<'a>, &'a candle_core::Layout);
-
-pub(crate) fn cpu<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, CpuStorage>> {
-    match guarded.0.deref() {
-        Storage::Cpu(storage) => Ok(Arg::new(storage, guarded.1)),
-        _ => bail!("candle-norm: an argument left the CPU between forward and backward"),
-    }
-}
-
-#[cfg(feature = "cuda")]
-pub(crate) fn cuda<'a>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, candle_core::CudaStorage>> {
-    match guarded.0.deref() {
-        Storage::Cuda(storage) => Ok(Arg::new(storage, guarded.1)),
-        _ => bail!("candle-norm: an argument left the GPU between forward and backward"),
+impl BackwardTensors<'_> {
+    /// Runs `run` with the storages of the tensors.
+    fn on<S: Kernels, T>(&self, run: impl FnOnce(Backward<S>) -> Result<T>) -> Result<T> {
+        let x = self.x.storage_and_layout();
+        let dy = self.dy.storage_and_layout();
+        let stats = self.stats.storage_and_layout();
+        let weight = self.weight.map(|w| w.storage_and_layout());
+        run(Backward {
+            norm: self.norm,
+            x: arg(&x)?,
+            dy: arg(&dy)?,
+            weight: weight.as_ref().map(arg).transpose()?,
+            stats: arg(&stats)?,
+            fixed: self.fixed,
+            want: self.want,
+        })
     }
 }
 
 /// Gradients as tensors: `dx` of x's shape, `dweight` and `dbias` as `[params]`.
 pub(crate) fn backward(t: BackwardTensors) -> Result<Gradients<Tensor>> {
-    let (dims, params) = (t.x.dims(), [t.norm.geometry.params()]);
-    let wrap = |g: Gradients<Storage>| Gradients {
-        dx: g.dx.map(|s| tensor(s, dims)),
-        dweight: g.dweight.map(|s| tensor(s, &params)),
-        dbias: g.dbias.map(|s| tensor(s, &params)),
-    };
-    on_device!(&t, |call|
-        cpu: Ok(wrap(host::backward(call)?.map(Storage::Cpu))),
-        cuda: Ok(wrap(crate::cuda::backward(call)?.map(Storage::Cuda))))
+    fn run<S: Kernels>(t: &BackwardTensors) -> Result<Gradients<Storage>> {
+        t.on(|call| Ok(S::backward(call)?.map(S::wrap)))
+    }
+    let gradients = on_device!(t.norm.name, t.x.device(), run(&t))?;
+    let params = [t.norm.geometry.params()];
+    Ok(Gradients {
+        dx: gradients.dx.map(|s| tensor(s, t.x.dims())),
+        dweight: gradients.dweight.map(|s| tensor(s, &params)),
+        dbias: gradients.dbias.map(|s| tensor(s, &params)),
+    })
 }
 
 /// The input's own statistics, `[3, sets]`.
 pub(crate) fn statistics(norm: &Norm, x: &Tensor) -> Result<Tensor> {
-    let guarded = x.storage_and_layout();
-    let stats = match guarded.0.deref() {
-        Storage::Cpu(_) => Storage::Cpu(host::statistics(*norm, cpu(&guarded)?)?),
-        #[cfg(feature = "cuda")]
-        Storage::Cuda(_) => Storage::Cuda(crate::cuda::statistics(*norm, cuda(&guarded)?)?),
-        _ => bail!("{}: no kernels for device {:?}", norm.name, x.device().location()),
-    };
+    fn run<S: Kernels>(norm: &Norm, x: &Tensor) -> Result<Storage> {
+        S::statistics(*norm, arg(&x.storage_and_layout())?).map(S::wrap)
+    }
+    let stats = on_device!(norm.name, x.device(), run(norm, x))?;
     Ok(tensor(stats, &[3, norm.geometry.sets()]))
 }
 
 /// Sums over each set of `dy` and of `dy * xhat`, `[2, sets]`.
 pub(crate) fn gradient_sums(t: &BackwardTensors) -> Result<Tensor> {
-    let dims = [2, t.norm.geometry.sets()];
-    on_device!(t, |call|
-        cpu: Ok(tensor(Storage::Cpu(host::gradient_sums(call)?), &dims)),
-        cuda: Ok(tensor(Storage::Cuda(crate::cuda::gradient_sums(call)?), &dims)))
+    fn run<S: Kernels>(t: &BackwardTensors) -> Result<Storage> {
+        t.on(|call| S::gradient_sums(call).map(S::wrap))
+    }
+    let sums = on_device!(t.norm.name, t.x.device(), run(t))?;
+    Ok(tensor(sums, &[2, t.norm.geometry.sets()]))
 }
 
 /// `dx` from the sums of `gradient_sums` over `count` elements a set.
 pub(crate) fn input_gradient(t: &BackwardTensors, sums: &Tensor, count: f64) -> Result<Tensor> {
-    let dims = t.x.dims();
-    let sums = sums.storage_and_layout();
-    on_device!(t, |call|
-        cpu: Ok(tensor(Storage::Cpu(host::input_gradient(call, cpu(&sums)?, count)?), dims)),
-        cuda: Ok(tensor(Storage::Cuda(crate::cuda::input_gradient(call, cuda(&sums)?, count)?), dims)))
+    fn run<S: Kernels>(t: &BackwardTensors, sums: &Tensor, count: f64) -> Result<Storage> {
+        let sums = sums.storage_and_layout();
+        t.on(|call| S::input_gradient(call, arg(&sums)?, count).map(S::wrap))
+    }
+    let dx = on_device!(t.norm.name, t.x.device(), run(t, sums, count))?;
+    Ok(tensor(dx, t.x.dims()))
 }
 
 impl<S> Gradients<S> {
@@ -137,11 +172,11 @@ impl<S> Gradients<S> {
 }
 
 /// Whether `device` has kernels of ours; the composed path serves the others.
-pub(crate) fn has_kernels(device: &candle_core::Device) -> bool {
+pub(crate) fn has_kernels(device: &Device) -> bool {
     match device {
-        candle_core::Device::Cpu => true,
-        candle_core::Device::Cuda(_) => cfg!(feature = "cuda"),
-        candle_core::Device::Metal(_) => false,
+        Device::Cpu => true,
+        Device::Cuda(_) => cfg!(feature = "cuda"),
+        Device::Metal(_) => false,
     }
 }
 

@@ -4,7 +4,7 @@
 //! forward to backward in a cell that is filled once and never emptied: a graph may be walked twice.
 
 use super::composed;
-use super::device::{self, BackwardTensors};
+use super::device::{self, BackwardTensors, Kernels};
 use super::sync::{self, Merged, Shared};
 use crate::call::{accumulation_dtype, Arg, Forward, Given, Norm, Running, Want};
 use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
@@ -95,14 +95,9 @@ fn move_running(norm: &Norm, stats: &Tensor, running: &Running) -> Result<()> {
     let g = &norm.geometry;
     let n = g.set_len() as f64;
     let average = |t: Tensor| t.reshape((g.outer, g.sets_per_outer()))?.mean(0);
-    let towards = |var: &candle_core::Var, batch: Tensor| {
-        let batch = batch.to_dtype(var.dtype())?;
-        (var.as_detached_tensor() * (1.0 - running.momentum))? + (batch * running.momentum)?
-    };
-    let mean = towards(&running.mean, average((stats.get(0)? + stats.get(1)?)?)?)?;
-    let var = towards(&running.var, average((stats.get(2)? * (n / (n - 1.0)))?)?)?;
-    running.mean.set(&mean)?;
-    running.var.set(&var)
+    let mean = average((stats.get(0)? + stats.get(1)?)?)?;
+    let var = average((stats.get(2)? * (n / (n - 1.0)))?)?;
+    running.move_towards(&mean, &var)
 }
 
 pub(super) struct NormOp {
@@ -158,23 +153,19 @@ impl NormOp {
         }
     }
 
-    fn cpu(
-        &self,
-        x: (&CpuStorage, &Layout),
-        affine: &[(&CpuStorage, &Layout)],
-    ) -> Result<(CpuStorage, Shape)> {
+    fn forward<S: Kernels>(&self, x: Laid<S>, affine: &[Laid<S>]) -> Result<(S, Shape)> {
         let (weight, bias) = self.affine(affine);
         let arg = |(storage, layout)| Arg::new(storage, layout);
         let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
         let merged = self.merged().map(|merged| merged.stats.storage_and_layout());
         let given = match (&guards, &merged) {
             (Some((mean, var)), _) => {
-                Some(Given { mean: device::cpu(mean)?, mean_low: None, var: device::cpu(var)? })
+                Some(Given { mean: device::arg(mean)?, mean_low: None, var: device::arg(var)? })
             }
-            (None, Some(stats)) => Some(rows(device::cpu(stats)?, stats.1)?),
+            (None, Some(stats)) => Some(rows(device::arg(stats)?, stats.1)?),
             (None, None) => None,
         };
-        let (y, stats) = device::cpu_forward(Forward {
+        let (y, stats) = S::forward(Forward {
             norm: self.norm,
             x: arg(x),
             weight: weight.map(arg),
@@ -183,37 +174,7 @@ impl NormOp {
             keep: self.keep && merged.is_none(),
             running: self.moves(),
         })?;
-        self.save(stats.map(Storage::Cpu));
-        Ok((y, x.1.shape().clone()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda(
-        &self,
-        x: (&candle_core::CudaStorage, &Layout),
-        affine: &[(&candle_core::CudaStorage, &Layout)],
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let (weight, bias) = self.affine(affine);
-        let arg = |(storage, layout)| Arg::new(storage, layout);
-        let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
-        let merged = self.merged().map(|merged| merged.stats.storage_and_layout());
-        let given = match (&guards, &merged) {
-            (Some((mean, var)), _) => {
-                Some(Given { mean: device::cuda(mean)?, mean_low: None, var: device::cuda(var)? })
-            }
-            (None, Some(stats)) => Some(rows(device::cuda(stats)?, stats.1)?),
-            (None, None) => None,
-        };
-        let (y, stats) = crate::cuda::forward(Forward {
-            norm: self.norm,
-            x: arg(x),
-            weight: weight.map(arg),
-            bias: bias.map(arg),
-            given,
-            keep: self.keep && merged.is_none(),
-            running: self.moves(),
-        })?;
-        self.save(stats.map(Storage::Cuda));
+        self.save(stats.map(S::wrap));
         Ok((y, x.1.shape().clone()))
     }
 
@@ -300,6 +261,9 @@ impl NormOp {
     }
 }
 
+/// A storage with its layout, as candle hands out arguments.
+type Laid<'a, S> = (&'a S, &'a Layout);
+
 /// The rows of a statistics tensor `[3, sets]`.
 fn rows<'a, S>(stats: Arg<'a, S>, layout: &Layout) -> Result<Given<'a, S>> {
     let (_, sets) = layout.shape().dims2()?;
@@ -327,7 +291,7 @@ impl CustomOp1 for NormOp {
     }
 
     fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.cpu((s, l), &[])
+        self.forward((s, l), &[])
     }
 
     #[cfg(feature = "cuda")]
@@ -336,7 +300,7 @@ impl CustomOp1 for NormOp {
         s: &candle_core::CudaStorage,
         l: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.cuda((s, l), &[])
+        self.forward((s, l), &[])
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
@@ -356,7 +320,7 @@ impl CustomOp2 for NormOp {
         s2: &CpuStorage,
         l2: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.cpu((s1, l1), &[(s2, l2)])
+        self.forward((s1, l1), &[(s2, l2)])
     }
 
     #[cfg(feature = "cuda")]
@@ -367,7 +331,7 @@ impl CustomOp2 for NormOp {
         s2: &candle_core::CudaStorage,
         l2: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.cuda((s1, l1), &[(s2, l2)])
+        self.forward((s1, l1), &[(s2, l2)])
     }
 
     fn bwd(
@@ -395,7 +359,7 @@ impl CustomOp3 for NormOp {
         s3: &CpuStorage,
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        self.cpu((s1, l1), &[(s2, l2), (s3, l3)])
+        self.forward((s1, l1), &[(s2, l2), (s3, l3)])
     }
 
     #[cfg(feature = "cuda")]
@@ -408,7 +372,7 @@ impl CustomOp3 for NormOp {
         s3: &candle_core::CudaStorage,
         l3: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.cuda((s1, l1), &[(s2, l2), (s3, l3)])
+        self.forward((s1, l1), &[(s2, l2), (s3, l3)])
     }
 
     fn bwd(

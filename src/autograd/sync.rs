@@ -189,17 +189,11 @@ fn merge_on_device(gathered: &Tensor, channels: usize) -> Result<(Tensor, Tensor
     Ok((stats, total.flatten_all()?.to_dtype(dtype)?))
 }
 
-/// `running = (1 - momentum) * running + momentum * batch`, the variance unbiased by the global count.
+/// Moves the running statistics, the variance unbiased by the global count.
 fn move_running(stats: &Tensor, count: &Tensor, running: &Running) -> Result<()> {
-    let towards = |var: &candle_core::Var, batch: Tensor| {
-        let batch = batch.to_dtype(var.dtype())?;
-        (var.as_detached_tensor() * (1.0 - running.momentum))? + (batch * running.momentum)?
-    };
     let unbias = count.div(&(count - 1.0)?)?;
-    let mean = towards(&running.mean, (stats.get(0)? + stats.get(1)?)?)?;
-    let var = towards(&running.var, stats.get(2)?.broadcast_mul(&unbias)?)?;
-    running.mean.set(&mean)?;
-    running.var.set(&var)
+    let mean = (stats.get(0)? + stats.get(1)?)?;
+    running.move_towards(&mean, &stats.get(2)?.broadcast_mul(&unbias)?)
 }
 
 impl Merged {

@@ -29,7 +29,7 @@ use super::options::options;
 use super::params::{self, check_eps};
 use super::repr::{truth, Float};
 use super::running::RunningStatistics;
-use crate::functional;
+use crate::functional::{self, check_momentum};
 use candle_core::{bail, Result, Tensor, Var};
 use candle_nn::{ModuleT, VarBuilder};
 use std::fmt;
@@ -105,9 +105,7 @@ impl InstanceNorm {
         vb: VarBuilder,
     ) -> Result<Self> {
         check_eps("instance-norm", options.eps)?;
-        if !(0.0..=1.0).contains(&options.momentum) {
-            bail!("instance-norm: momentum must be between 0 and 1, got {}", options.momentum)
-        }
+        check_momentum("instance-norm", options.momentum)?;
         let statistics = if options.track_running_stats {
             Some(RunningStatistics::get("instance-norm", num_features, &vb)?)
         } else {

@@ -3,6 +3,7 @@
 //! Apart from the layer, because there are many and each is a few lines of getting and checking.
 
 use super::{Affine, BatchNorm, BatchNormConfig, BatchNormOptions};
+use crate::functional::check_momentum;
 use crate::layers::params::{self, check_eps};
 use crate::layers::running::RunningStatistics;
 use candle_core::{bail, Result, Tensor};
@@ -42,7 +43,7 @@ impl BatchNorm {
         vb: VarBuilder,
     ) -> Result<Self> {
         check_eps("batch-norm", options.eps)?;
-        options.momentum.map_or(Ok(()), check_momentum)?;
+        options.momentum.map_or(Ok(()), |m| check_momentum("batch-norm", m))?;
         check_frozen(options.frozen_statistics, options.track_running_stats)?;
         let statistics = match options.track_running_stats {
             true => RunningStatistics::get("batch-norm", num_features, &vb)?,
@@ -143,7 +144,7 @@ impl BatchNorm {
         momentum: f64,
     ) -> Result<Self> {
         check_eps("batch-norm", eps)?;
-        check_momentum(momentum)?;
+        check_momentum("batch-norm", momentum)?;
         check_shape("running_mean", &running_mean, num_features)?;
         check_shape("running_var", &running_var, num_features)?;
         let options = BatchNormOptions::default().eps(eps).momentum(momentum).affine(affine.is_some());
@@ -155,13 +156,6 @@ impl BatchNorm {
 fn check_shape(what: &str, tensor: &Tensor, num_features: usize) -> Result<()> {
     if tensor.dims() != [num_features] {
         bail!("batch-norm: {what} has shape {:?}, expected [{num_features}]", tensor.dims())
-    }
-    Ok(())
-}
-
-fn check_momentum(momentum: f64) -> Result<()> {
-    if !(0.0..=1.0).contains(&momentum) {
-        bail!("batch-norm: momentum must be between 0 and 1, got {momentum}")
     }
     Ok(())
 }
