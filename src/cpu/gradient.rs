@@ -96,14 +96,6 @@ impl<A: Float> Slope<A> {
     }
 }
 
-impl<V: Vector> Slope<V> {
-    /// Adds `dy * xhat` and `dy`, of `d = x - high` and `scaled = dy * rstd`.
-    #[inline(always)]
-    pub fn add(&self, [dw, db]: [V; 2], d: V, dy: V, scaled: V) -> [V; 2] {
-        [scaled.fma(d - self.low, dw), db + dy]
-    }
-}
-
 /// Sums for the parameters that a tile touches; kernels add to what is there.
 pub(super) struct Slots<'a, A> {
     /// Of `dy * xhat`.

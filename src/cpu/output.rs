@@ -63,22 +63,6 @@ impl<T: Element> OutTile<'_, T> {
         unsafe { slice(self.buffer.add(row * self.width + columns.start), columns.len()) }
     }
 
-    /// The same columns of `R` rows, from `row` on.
-    #[inline(always)]
-    pub fn rows_of<const R: usize>(
-        &mut self,
-        row: usize,
-        columns: Range<usize>,
-    ) -> [&mut [MaybeUninit<T>]; R] {
-        let Tile { rows, columns: own } = &self.tile;
-        assert!(rows.start <= row && row + R <= rows.end && own.start <= columns.start);
-        assert!(columns.start <= columns.end && columns.end <= own.end);
-        // SAFETY: as above; the rows of a matrix are disjoint.
-        std::array::from_fn(|r| unsafe {
-            slice(self.buffer.add((row + r) * self.width + columns.start), columns.len())
-        })
-    }
-
     /// Elements in the order of memory, to be filled: several rows, where the tile has all columns.
     #[inline(always)]
     pub fn rows(&mut self, elements: Range<usize>) -> &mut [MaybeUninit<T>] {

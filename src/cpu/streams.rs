@@ -12,8 +12,7 @@ use super::gradient::Slope;
 use super::vector::{Simd, Vector};
 use std::mem::MaybeUninit;
 
-/// Short sets and rows that are worked on side by side: their latencies overlap, and they share each
-/// column's weight in a register.
+/// Short sets that are summed side by side, so that their latencies overlap.
 pub(super) const ABREAST: usize = 4;
 /// Pairs of vectors of partial sums per sum. An addition takes 3 to 5 cycles, and 1 or 2 start in each.
 const PAIRS: usize = 2;
@@ -355,73 +354,58 @@ pub(super) fn gradient<S: Simd, T: Element>(
     )
 }
 
-/// Rows of one length, with a weight for each column, and what each row's set needs.
-pub(super) struct Rows<'a, T: Element, const R: usize> {
-    pub x: [&'a [T]; R],
-    pub dy: [&'a [T]; R],
-    pub slopes: [Slope<T::Acc>; R],
-    pub weight: &'a [T::Acc],
-    /// Elements from each row to what comes after these rows.
-    pub ahead: usize,
-}
-
 /// Sums of `dy * xhat` and of `dy`, one a column.
 pub(super) type ColumnSums<'a, A> = [&'a mut [A]; 2];
 
-impl<T: Element, const R: usize> Rows<'_, T, R> {
-    /// dx of every row; adds to the sums.
-    #[inline(always)]
-    pub fn gradient<S: Simd>(
-        self,
-        mut dx: Option<[&mut [MaybeUninit<T>]; R]>,
-        sums: Option<ColumnSums<T::Acc>>,
-    ) {
-        let (n, ahead) = (self.weight.len(), self.ahead);
-        let (mut x, mut dy, weight) = (self.x, self.dy, self.weight);
-        let mut slopes = [self.slopes[0].splat::<S>(); R];
-        for r in 0..R {
-            (x[r], dy[r]) = (&x[r][..n], &dy[r][..n]);
-            slopes[r] = self.slopes[r].splat::<S>();
+/// `dx = dy * rstd * weight + ((x - high) * slope + shift)` of a row with a weight for each column; adds to
+/// the columns' sums. Asks for what is `ahead` in x and dy.
+///
+/// One row at a time: several would share weights and sums in registers, but their stores would take turns
+/// in as many places, and that costs more where memory rules.
+#[inline(always)]
+pub(super) fn gradient_by_column<S: Simd, T: Element>(
+    [x, dy]: [&[T]; 2],
+    s: Slope<T::Acc>,
+    weight: &[T::Acc],
+    dx: Option<&mut [MaybeUninit<T>]>,
+    sums: Option<ColumnSums<T::Acc>>,
+    ahead: usize,
+) {
+    let n = weight.len();
+    let (x, dy) = (&x[..n], &dy[..n]);
+    let s = s.splat::<S>();
+    match (dx, sums) {
+        (Some(dx), Some([dw, db])) => {
+            let (dx, dw, db) = (&mut dx[..n], &mut dw[..n], &mut db[..n]);
+            each_vector!(V::<S, T>::W, n, |at| {
+                let g = get::<S, T>(dy, at);
+                let (d, scaled) = (get::<S, T>(x, at) - s.high, g * s.rstd);
+                let line = d.fma(s.slope, s.shift);
+                put::<S, T>(dx, at, scaled.fma(get::<S, T::Acc>(weight, at), line));
+                set::<S, T::Acc>(dw, at, scaled.fma(d - s.low, get::<S, T::Acc>(dw, at)));
+                set::<S, T::Acc>(db, at, get::<S, T::Acc>(db, at) + g);
+                prefetch::<S, T>(x, at.from, ahead);
+                prefetch::<S, T>(dy, at.from, ahead);
+            })
         }
-        match (&mut dx, sums) {
-            (Some(dx), Some([dw, db])) => {
-                let (dw, db) = (&mut dw[..n], &mut db[..n]);
-                each_vector!(V::<S, T>::W, n, |at| {
-                    let weight = get::<S, T::Acc>(weight, at);
-                    let mut sums = [get::<S, T::Acc>(dw, at), get::<S, T::Acc>(db, at)];
-                    for r in 0..R {
-                        let (s, dy) = (&slopes[r], get::<S, T>(dy[r], at));
-                        let (d, scaled) = (get::<S, T>(x[r], at) - s.high, dy * s.rstd);
-                        put::<S, T>(&mut *dx[r], at, scaled.fma(weight, d.fma(s.slope, s.shift)));
-                        sums = s.add(sums, d, dy, scaled);
-                        prefetch::<S, T>(x[r], at.from, ahead);
-                        prefetch::<S, T>(self.dy[r], at.from, ahead);
-                    }
-                    set::<S, T::Acc>(dw, at, sums[0]);
-                    set::<S, T::Acc>(db, at, sums[1]);
-                })
-            }
-            (None, Some([dw, db])) => {
-                let (dw, db) = (&mut dw[..n], &mut db[..n]);
-                each_vector!(V::<S, T>::W, n, |at| {
-                    let mut sums = [get::<S, T::Acc>(dw, at), get::<S, T::Acc>(db, at)];
-                    for r in 0..R {
-                        let (s, dy) = (&slopes[r], get::<S, T>(dy[r], at));
-                        sums = s.add(sums, get::<S, T>(x[r], at) - s.high, dy, dy * s.rstd);
-                    }
-                    set::<S, T::Acc>(dw, at, sums[0]);
-                    set::<S, T::Acc>(db, at, sums[1]);
-                })
-            }
-            (Some(dx), None) => each_vector!(V::<S, T>::W, n, |at| {
-                let weight = get::<S, T::Acc>(weight, at);
-                for r in 0..R {
-                    let s = &slopes[r];
-                    let (d, scaled) = (get::<S, T>(x[r], at) - s.high, get::<S, T>(dy[r], at) * s.rstd);
-                    put::<S, T>(&mut *dx[r], at, scaled.fma(weight, d.fma(s.slope, s.shift)));
-                }
-            }),
-            (None, None) => {}
+        (None, Some([dw, db])) => {
+            let (dw, db) = (&mut dw[..n], &mut db[..n]);
+            each_vector!(V::<S, T>::W, n, |at| {
+                let g = get::<S, T>(dy, at);
+                let d = get::<S, T>(x, at) - s.high;
+                set::<S, T::Acc>(dw, at, (g * s.rstd).fma(d - s.low, get::<S, T::Acc>(dw, at)));
+                set::<S, T::Acc>(db, at, get::<S, T::Acc>(db, at) + g);
+            })
         }
+        (Some(dx), None) => {
+            let dx = &mut dx[..n];
+            each_vector!(V::<S, T>::W, n, |at| {
+                let (d, scaled) = (get::<S, T>(x, at) - s.high, get::<S, T>(dy, at) * s.rstd);
+                put::<S, T>(dx, at, scaled.fma(get::<S, T::Acc>(weight, at), d.fma(s.slope, s.shift)));
+                prefetch::<S, T>(x, at.from, ahead);
+                prefetch::<S, T>(dy, at.from, ahead);
+            })
+        }
+        (None, None) => {}
     }
 }

@@ -8,11 +8,10 @@ use crate::cpu::level::Kernel;
 use crate::cpu::moments::{Stat, Stats};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
-use crate::cpu::streams::{add_dots, gradient, Rows, Sum, ABREAST};
+use crate::cpu::streams::{add_dots, gradient, gradient_by_column, Sum};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
-use std::ops::Range;
 
 /// Arguments of both kernels.
 #[derive(Clone, Copy)]
@@ -149,54 +148,22 @@ impl<T: Element> Backward<'_, T> {
         }
     }
 
-    /// A few rows at a time: the sums of their sets, then dx and the sums of columns.
     #[inline(always)]
     fn by_columns<S: Simd>(&mut self) {
-        let (g, tile) = (self.input.g, self.input.tile);
-        let across = tile.columns.start / g.run..tile.columns.end.div_ceil(g.run);
-        let mut slopes = Vec::with_capacity(ABREAST * across.len());
-        let blocks = tile.rows.start / g.rows..tile.rows.end.div_ceil(g.rows);
-        // Blocks of one row are taken together; else the sets of a block have the same slopes in all rows.
-        let together = if g.rows == 1 { ABREAST } else { 1 };
-        for block in blocks.clone().step_by(together) {
-            let end = (block + together).min(blocks.end);
-            let rows = tile.rows.start.max(block * g.rows)..tile.rows.end.min(end * g.rows);
-            slopes.clear();
-            for part in parts(g, &Tile { rows: rows.clone(), columns: tile.columns.clone() }) {
-                slopes.push(self.slope::<S>(&part));
-            }
-            for (i, q) in across.clone().enumerate() {
-                let columns = tile.columns.start.max(q * g.run)..tile.columns.end.min((q + 1) * g.run);
-                let slope = |r: usize| slopes[if g.rows == 1 { r * across.len() + i } else { i }];
-                let mut r = 0;
-                while r + ABREAST <= rows.len() {
-                    let own: [_; ABREAST] = std::array::from_fn(|k| slope(r + k));
-                    self.abreast::<S, ABREAST>(rows.start + r, columns.clone(), own);
-                    r += ABREAST;
-                }
-                for r in r..rows.len() {
-                    self.abreast::<S, 1>(rows.start + r, columns.clone(), [slope(r)]);
-                }
-            }
-        }
-    }
-
-    /// dx and column sums of `R` rows from `row` on.
-    #[inline(always)]
-    fn abreast<S: Simd, const R: usize>(&mut self, row: usize, c: Range<usize>, slopes: [Slope<T::Acc>; R]) {
         let Input { g, x, dy, params, tile, .. } = self.input;
         let Some(weight) = &params.weight else { return };
-        let at = |k: usize| (row + k) * g.width + c.start..(row + k) * g.width + c.end;
-        let rows = Rows::<T, R> {
-            x: std::array::from_fn(|k| &x[at(k)]),
-            dy: std::array::from_fn(|k| &dy[at(k)]),
-            slopes,
-            weight: &weight[c.clone()],
-            ahead: R * g.width,
-        };
-        let own = c.start - tile.columns.start..c.end - tile.columns.start;
-        let sums = self.slots.as_mut().map(|s| [&mut s.weight[own.clone()], &mut s.bias[own]]);
-        let dx = self.dx.as_mut().map(|dx| dx.rows_of::<R>(row, c.clone()));
-        rows.gradient::<S>(dx, sums);
+        for part in parts(g, tile) {
+            let s = self.slope::<S>(&part);
+            let c = part.columns.clone();
+            let own = c.start - tile.columns.start..c.end - tile.columns.start;
+            for row in part.rows.clone() {
+                let at = row * g.width + c.start..row * g.width + c.end;
+                let sums =
+                    self.slots.as_mut().map(|s| [&mut s.weight[own.clone()], &mut s.bias[own.clone()]]);
+                let dx = self.dx.as_mut().map(|dx| dx.row(row, c.clone()));
+                let both = [&x[at.clone()], &dy[at]];
+                gradient_by_column::<S, T>(both, s, &weight[c.clone()], dx, sums, 0);
+            }
+        }
     }
 }

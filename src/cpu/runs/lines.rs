@@ -10,7 +10,7 @@ use crate::cpu::element::{Element, Float, V};
 use crate::cpu::gradient::{MeansFrom, Slope};
 use crate::cpu::moments::{Source, Stat};
 use crate::cpu::params::Form;
-use crate::cpu::streams::{self, pairwise, Rows, ABREAST};
+use crate::cpu::streams::{self, pairwise, ABREAST};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
@@ -192,12 +192,12 @@ fn short_stats<S: Simd, T: Element, const R: usize>(x: [&[T]; R], center: bool) 
 }
 
 impl<T: Element> Backward<'_, T> {
-    /// Layer and RMS norm: a few sets at a time, their sums, then dx and the sums of columns.
+    /// Layer and RMS norm: the sums of a set, or of a few, then dx and the sums of columns.
     #[inline(always)]
     pub(super) fn lines<S: Simd>(&mut self, sets: Range<usize>) {
         let lines = Lines { n: self.input.g.run, sets };
         let mut set = lines.sets.start;
-        while set + ABREAST <= lines.sets.end {
+        while lines.short::<T>() && set + ABREAST <= lines.sets.end {
             self.line::<S, ABREAST>(&lines, set);
             set += ABREAST;
         }
@@ -222,9 +222,11 @@ impl<T: Element> Backward<'_, T> {
                 }
             }
         }
-        let sums = self.slots.as_mut().map(|s| [&mut *s.weight, &mut *s.bias]);
-        let dx = self.dx.as_mut().map(|dx| dx.rows_of::<R>(set, 0..lines.n));
-        Rows::<T, R> { x, dy, slopes, weight, ahead: R * lines.n }.gradient::<S>(dx, sums);
+        for r in 0..R {
+            let dx = self.dx.as_mut().map(|dx| dx.row(set + r, 0..lines.n));
+            let sums = self.slots.as_mut().map(|s| [&mut *s.weight, &mut *s.bias]);
+            streams::gradient_by_column::<S, T>([x[r], dy[r]], slopes[r], weight, dx, sums, R * lines.n);
+        }
     }
 }
 
