@@ -188,11 +188,12 @@ impl<'a, T: Element> Call<'a, T> {
         let tiles = cut.tiles();
         let mut all = AllSlots::new(g, &tiles, params);
         let mut output = dx.then(|| Output::new(g));
-        let mut out = output.as_mut().map(|o| o.tiles(&cut).into_iter());
-        let work: Vec<_> = (tiles.iter().zip(all.split(g, &tiles)))
-            .map(|(tile, slots)| (tile, slots, out.as_mut().and_then(|o| o.next())))
-            .collect();
-        each(work, |(tile, slots, dx)| {
+        let out: Vec<_> = match &mut output {
+            Some(output) => output.tiles(&cut).into_iter().map(Some).collect(),
+            None => tiles.iter().map(|_| None).collect(),
+        };
+        let work: Vec<_> = tiles.iter().zip(all.split(g, &tiles)).zip(out).collect();
+        each(work, |((tile, slots), dx)| {
             let input = self.input(tile);
             match Walk::of(g) {
                 Walk::Runs => self.level.run(runs::backward::Backward { input, means, slots, dx }),

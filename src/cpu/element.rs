@@ -39,6 +39,14 @@ macro_rules! through_vectors {
             <S::$vector as Convert<Self, Self::Acc>>::load_pair(x)
         }
         #[inline(always)]
+        fn stream<S: Simd>(v: S::$vector, y: &mut [MaybeUninit<Self>]) {
+            Convert::<Self, Self::Acc>::stream(v, y)
+        }
+        #[inline(always)]
+        fn stream_pair<S: Simd>(v: [S::$vector; 2], y: &mut [MaybeUninit<Self>]) {
+            <S::$vector as Convert<Self, Self::Acc>>::stream_pair(v, y)
+        }
+        #[inline(always)]
         fn store_pair<S: Simd>(v: [S::$vector; 2], y: &mut [MaybeUninit<Self>]) {
             <S::$vector as Convert<Self, Self::Acc>>::store_pair(v, y)
         }
@@ -112,6 +120,8 @@ pub(super) trait Element: WithDType {
     /// Fewer; zero in the other lanes.
     fn load_part<S: Simd>(x: &[Self]) -> V<S, Self>;
     fn store<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
+    fn stream<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
+    fn stream_pair<S: Simd>(v: [V<S, Self>; 2], y: &mut [MaybeUninit<Self>]);
     fn store_pair<S: Simd>(v: [V<S, Self>; 2], y: &mut [MaybeUninit<Self>]);
     fn store_part<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
 }

@@ -4,30 +4,47 @@
 #![allow(unsafe_code)]
 
 use super::element::Element;
+use super::streams::To;
 use super::tile::{Cut, Tile};
 use crate::geometry::Geometry;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
+use std::sync::OnceLock;
 
 /// A buffer of `g.elements()` elements, none of them written yet.
 pub(super) struct Output<T> {
     buffer: Vec<T>,
     width: usize,
     len: usize,
+    stream: bool,
+}
+
+/// Bytes of an output that is written past the caches: more than half of the last-level cache, which cannot
+/// keep it for whoever reads it next. 32 MiB where the system does not tell.
+fn streamed_from() -> usize {
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let cache = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").ok();
+        let kib = cache.and_then(|size| size.trim().strip_suffix('K')?.parse::<usize>().ok());
+        kib.unwrap_or(64 << 10) * 1024 / 2
+    })
 }
 
 impl<T: Element> Output<T> {
     pub fn new(g: &Geometry) -> Self {
         let len = g.elements();
-        Self { buffer: Vec::with_capacity(len), width: g.width, len }
+        // Lines that two stores share, of which one goes through the caches, would cost more than is saved.
+        let aligned = g.run * size_of::<T>() % 16 == 0;
+        let stream = aligned && len * size_of::<T>() > streamed_from();
+        Self { buffer: Vec::with_capacity(len), width: g.width, len, stream }
     }
 
     /// The tiles of `cut`, which cuts the output's own geometry.
     pub fn tiles(&mut self, cut: &Cut) -> Vec<OutTile<'_, T>> {
-        let (buffer, width) = (self.buffer.as_mut_ptr(), self.width);
+        let (buffer, width, stream) = (self.buffer.as_mut_ptr(), self.width, self.stream);
         let tiles = cut.tiles().into_iter();
-        tiles.map(|tile| OutTile { buffer, width, tile, lifetime: PhantomData }).collect()
+        tiles.map(|tile| OutTile { buffer, width, tile, stream, lifetime: PhantomData }).collect()
     }
 
     /// # Safety
@@ -45,7 +62,19 @@ pub(super) struct OutTile<'a, T> {
     buffer: *mut T,
     width: usize,
     tile: Tile,
+    /// To be written past the caches.
+    stream: bool,
     lifetime: PhantomData<&'a mut T>,
+}
+
+impl<T> Drop for OutTile<'_, T> {
+    fn drop(&mut self) {
+        #[cfg(target_arch = "x86_64")]
+        if self.stream {
+            // SAFETY: part of the baseline. What this thread has streamed is seen by others from here on.
+            unsafe { std::arch::x86_64::_mm_sfence() }
+        }
+    }
 }
 
 // SAFETY: a tile is the only way to its elements, as a `&mut [T]` would be.
@@ -54,24 +83,26 @@ unsafe impl<T: Send> Send for OutTile<'_, T> {}
 impl<T: Element> OutTile<'_, T> {
     /// Columns of a row of the matrix, to be filled.
     #[inline(always)]
-    pub fn row(&mut self, row: usize, columns: Range<usize>) -> &mut [MaybeUninit<T>] {
+    pub fn row(&mut self, row: usize, columns: Range<usize>) -> To<'_, T> {
         let Tile { rows, columns: own } = &self.tile;
         assert!(rows.contains(&row) && own.start <= columns.start);
         assert!(columns.start <= columns.end && columns.end <= own.end);
         // SAFETY: inside the tile by the line above, and so inside the buffer; tiles of a cut are
         // disjoint, and `self` is borrowed for as long as the slice.
-        unsafe { slice(self.buffer.add(row * self.width + columns.start), columns.len()) }
+        let y = unsafe { slice(self.buffer.add(row * self.width + columns.start), columns.len()) };
+        To { y, stream: self.stream }
     }
 
     /// Elements in the order of memory, to be filled: several rows, where the tile has all columns.
     #[inline(always)]
-    pub fn rows(&mut self, elements: Range<usize>) -> &mut [MaybeUninit<T>] {
+    pub fn rows(&mut self, elements: Range<usize>) -> To<'_, T> {
         let Tile { rows, columns } = &self.tile;
         assert!(columns.len() == self.width || rows.len() == 1);
         assert!(rows.start * self.width + columns.start <= elements.start && elements.start <= elements.end);
         assert!(elements.end <= (rows.end - 1) * self.width + columns.end);
         // SAFETY: as above; without gaps between its rows the tile is one slice.
-        unsafe { slice(self.buffer.add(elements.start), elements.len()) }
+        let y = unsafe { slice(self.buffer.add(elements.start), elements.len()) };
+        To { y, stream: self.stream }
     }
 }
 

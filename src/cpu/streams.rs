@@ -25,6 +25,33 @@ pub(super) struct At {
     pub part: bool,
 }
 
+/// A map's target.
+pub(super) struct To<'a, T> {
+    pub y: &'a mut [MaybeUninit<T>],
+    /// Past the caches.
+    pub stream: bool,
+}
+
+impl<T: Element> To<'_, T> {
+    #[inline(always)]
+    pub fn put<S: Simd>(&mut self, at: At, v: V<S, T>) {
+        let y = &mut self.y[at.from..at.to];
+        match (at.part, self.stream) {
+            (true, _) => T::store_part::<S>(v, y),
+            (false, true) => T::stream::<S>(v, y),
+            (false, false) => T::store::<S>(v, y),
+        }
+    }
+
+    #[inline(always)]
+    fn put_pair<S: Simd>(&mut self, at: std::ops::Range<usize>, v: [V<S, T>; 2]) {
+        match self.stream {
+            true => T::stream_pair::<S>(v, &mut self.y[at]),
+            false => T::store_pair::<S>(v, &mut self.y[at]),
+        }
+    }
+}
+
 impl At {
     /// Zero in the lanes without an element.
     #[inline(always)]
@@ -44,14 +71,6 @@ pub(super) fn get<S: Simd, T: Element>(x: &[T], at: At) -> V<S, T> {
     }
 }
 
-#[inline(always)]
-pub(super) fn put<S: Simd, T: Element>(y: &mut [MaybeUninit<T>], at: At, v: V<S, T>) {
-    match at.part {
-        true => T::store_part::<S>(v, &mut y[at.from..at.to]),
-        false => T::store::<S>(v, &mut y[at.from..at.to]),
-    }
-}
-
 /// Overwrites elements of the accumulation type.
 #[inline(always)]
 pub(super) fn set<S: Simd, A: Float>(y: &mut [A], at: At, v: V<S, A>) {
@@ -67,26 +86,23 @@ fn prefetch<S: Simd, T>(x: &[T], at: usize, ahead: usize) {
 /// `$body` for every vector of `0..$n`, with its place.
 macro_rules! each_vector {
     ($w:expr, $n:expr, |$at:ident| $body:block) => {{
-        let mut from = 0;
-        $crate::cpu::streams::each_vector!(from, $w, $n, |$at| $body)
-    }};
-    ($from:ident, $w:expr, $n:expr, |$at:ident| $body:block) => {{
         let (w, n) = ($w, $n);
-        while $from + w <= n {
-            let $at = $crate::cpu::streams::At { from: $from, to: $from + w, part: false };
+        let mut from = 0;
+        while from + w <= n {
+            let $at = $crate::cpu::streams::At { from, to: from + w, part: false };
             $body
-            $from += w;
+            from += w;
         }
-        if $from < n {
-            let $at = $crate::cpu::streams::At { from: $from, to: n, part: true };
+        if from < n {
+            let $at = $crate::cpu::streams::At { from, to: n, part: true };
             $body
         }
     }};
 }
 pub(super) use each_vector;
 
-/// `$pair` for as many pairs of vectors as `0..$n` has, with their range; `$one` for up to one vector more
-/// and the rest of one.
+/// `$two` for pairs of vectors of `0..$n`, with their range; `$one` for what is left, a vector or the rest
+/// of one, with its place.
 macro_rules! pairwise {
     ($w:expr, $n:expr, |$pair:ident| $two:block, |$at:ident| $one:block) => {{
         let (w, n) = ($w, $n);
@@ -261,12 +277,11 @@ pub(super) fn add_dots<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn scale<S: Simd, T: Element>(
     x: &[T],
-    y: &mut [MaybeUninit<T>],
+    mut y: To<T>,
     [high, scale, bias]: [T::Acc; 3],
     ahead: usize,
 ) {
     let n = x.len();
-    let y = &mut y[..n];
     let high = V::<S, T>::splat(high);
     let (scale, bias) = (V::<S, T>::splat(scale), V::<S, T>::splat(bias));
     pairwise!(
@@ -275,12 +290,12 @@ pub(super) fn scale<S: Simd, T: Element>(
         |pair| {
             let (first, second) = (pair.start, pair.start + V::<S, T>::W);
             let [a, b] = T::load_pair::<S>(&x[pair.clone()]);
-            T::store_pair::<S>([(a - high).fma(scale, bias), (b - high).fma(scale, bias)], &mut y[pair]);
+            y.put_pair::<S>(pair, [(a - high).fma(scale, bias), (b - high).fma(scale, bias)]);
             prefetch::<S, T>(x, first, ahead);
             prefetch::<S, T>(x, second, ahead);
         },
         |at| {
-            put::<S, T>(y, at, (get::<S, T>(x, at) - high).fma(scale, bias));
+            y.put::<S>(at, (get::<S, T>(x, at) - high).fma(scale, bias));
             prefetch::<S, T>(x, at.from, ahead);
         }
     )
@@ -290,14 +305,14 @@ pub(super) fn scale<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn scale_by_column<S: Simd, T: Element>(
     x: &[T],
-    y: &mut [MaybeUninit<T>],
+    mut y: To<T>,
     weight: &[T::Acc],
     bias: Option<&[T::Acc]>,
     [high, rstd, shift]: [T::Acc; 3],
     ahead: usize,
 ) {
     let n = x.len();
-    let (y, weight) = (&mut y[..n], &weight[..n]);
+    let weight = &weight[..n];
     let high = V::<S, T>::splat(high);
     let (rstd, shift) = (V::<S, T>::splat(rstd), V::<S, T>::splat(shift));
     match bias {
@@ -305,13 +320,13 @@ pub(super) fn scale_by_column<S: Simd, T: Element>(
             let bias = &bias[..n];
             each_vector!(V::<S, T>::W, n, |at| {
                 let xhat = (get::<S, T>(x, at) - high).fma(rstd, shift);
-                put::<S, T>(y, at, xhat.fma(get::<S, T::Acc>(weight, at), get::<S, T::Acc>(bias, at)));
+                y.put::<S>(at, xhat.fma(get::<S, T::Acc>(weight, at), get::<S, T::Acc>(bias, at)));
                 prefetch::<S, T>(x, at.from, ahead);
             })
         }
         None => each_vector!(V::<S, T>::W, n, |at| {
             let xhat = (get::<S, T>(x, at) - high).fma(rstd, shift);
-            put::<S, T>(y, at, xhat * get::<S, T::Acc>(weight, at));
+            y.put::<S>(at, xhat * get::<S, T::Acc>(weight, at));
             prefetch::<S, T>(x, at.from, ahead);
         }),
     }
@@ -321,15 +336,14 @@ pub(super) fn scale_by_column<S: Simd, T: Element>(
 /// `ahead` in x and dy.
 #[inline(always)]
 pub(super) fn gradient<S: Simd, T: Element>(
-    x: &[T],
-    dy: &[T],
+    [x, dy]: [&[T]; 2],
     s: Slope<T::Acc>,
     weight: T::Acc,
-    dx: &mut [MaybeUninit<T>],
+    mut dx: To<T>,
     ahead: usize,
 ) {
     let n = x.len();
-    let (dy, dx) = (&dy[..n], &mut dx[..n]);
+    let dy = &dy[..n];
     let s = s.splat::<S>();
     let weight = V::<S, T>::splat(weight);
     pairwise!(
@@ -341,7 +355,7 @@ pub(super) fn gradient<S: Simd, T: Element>(
             let [a, b] = T::load_pair::<S>(&dy[pair.clone()]);
             let a = a.fma(weight, (xa - s.high).fma(s.slope, s.shift));
             let b = b.fma(weight, (xb - s.high).fma(s.slope, s.shift));
-            T::store_pair::<S>([a, b], &mut dx[pair]);
+            dx.put_pair::<S>(pair, [a, b]);
             prefetch::<S, T>(x, first, ahead);
             prefetch::<S, T>(x, second, ahead);
             prefetch::<S, T>(dy, first, ahead);
@@ -349,7 +363,7 @@ pub(super) fn gradient<S: Simd, T: Element>(
         },
         |at| {
             let line = (get::<S, T>(x, at) - s.high).fma(s.slope, s.shift);
-            put::<S, T>(dx, at, get::<S, T>(dy, at).fma(weight, line));
+            dx.put::<S>(at, get::<S, T>(dy, at).fma(weight, line));
         }
     )
 }
@@ -367,7 +381,7 @@ pub(super) fn gradient_by_column<S: Simd, T: Element>(
     [x, dy]: [&[T]; 2],
     s: Slope<T::Acc>,
     weight: &[T::Acc],
-    dx: Option<&mut [MaybeUninit<T>]>,
+    dx: Option<To<T>>,
     sums: Option<ColumnSums<T::Acc>>,
     ahead: usize,
 ) {
@@ -375,13 +389,13 @@ pub(super) fn gradient_by_column<S: Simd, T: Element>(
     let (x, dy) = (&x[..n], &dy[..n]);
     let s = s.splat::<S>();
     match (dx, sums) {
-        (Some(dx), Some([dw, db])) => {
-            let (dx, dw, db) = (&mut dx[..n], &mut dw[..n], &mut db[..n]);
+        (Some(mut dx), Some([dw, db])) => {
+            let (dw, db) = (&mut dw[..n], &mut db[..n]);
             each_vector!(V::<S, T>::W, n, |at| {
                 let g = get::<S, T>(dy, at);
                 let (d, scaled) = (get::<S, T>(x, at) - s.high, g * s.rstd);
                 let line = d.fma(s.slope, s.shift);
-                put::<S, T>(dx, at, scaled.fma(get::<S, T::Acc>(weight, at), line));
+                dx.put::<S>(at, scaled.fma(get::<S, T::Acc>(weight, at), line));
                 set::<S, T::Acc>(dw, at, scaled.fma(d - s.low, get::<S, T::Acc>(dw, at)));
                 set::<S, T::Acc>(db, at, get::<S, T::Acc>(db, at) + g);
                 prefetch::<S, T>(x, at.from, ahead);
@@ -397,11 +411,10 @@ pub(super) fn gradient_by_column<S: Simd, T: Element>(
                 set::<S, T::Acc>(db, at, get::<S, T::Acc>(db, at) + g);
             })
         }
-        (Some(dx), None) => {
-            let dx = &mut dx[..n];
+        (Some(mut dx), None) => {
             each_vector!(V::<S, T>::W, n, |at| {
                 let (d, scaled) = (get::<S, T>(x, at) - s.high, get::<S, T>(dy, at) * s.rstd);
-                put::<S, T>(dx, at, scaled.fma(get::<S, T::Acc>(weight, at), d.fma(s.slope, s.shift)));
+                dx.put::<S>(at, scaled.fma(get::<S, T::Acc>(weight, at), d.fma(s.slope, s.shift)));
                 prefetch::<S, T>(x, at.from, ahead);
                 prefetch::<S, T>(dy, at.from, ahead);
             })

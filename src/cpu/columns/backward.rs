@@ -7,9 +7,8 @@ use crate::cpu::level::Kernel;
 use crate::cpu::output::OutTile;
 use crate::cpu::params::Form;
 use crate::cpu::runs::backward::Input;
-use crate::cpu::streams::{each_vector, get, put};
+use crate::cpu::streams::{each_vector, get, To};
 use crate::cpu::vector::{Simd, Vector};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Sums over a tile without dx: of its parameters, and of its sets.
@@ -277,15 +276,9 @@ impl<T: Element> Backward<'_, T> {
 }
 
 #[inline(always)]
-fn by_columns<S: Simd, T: Element>(
-    x: &[T],
-    dy: &[T],
-    line: &Line<T::Acc>,
-    weight: T::Acc,
-    dx: &mut [MaybeUninit<T>],
-) {
+fn by_columns<S: Simd, T: Element>(x: &[T], dy: &[T], line: &Line<T::Acc>, weight: T::Acc, mut dx: To<T>) {
     let n = x.len();
-    let (dy, dx) = (&dy[..n], &mut dx[..n]);
+    let dy = &dy[..n];
     let (high, scale) = (&line.high[..n], &line.scale[..n]);
     let (slope, shift) = (&line.slope[..n], &line.shift[..n]);
     let weight = V::<S, T>::splat(weight);
@@ -293,6 +286,6 @@ fn by_columns<S: Simd, T: Element>(
         let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
         let line = d.fma(get::<S, T::Acc>(slope, at), get::<S, T::Acc>(shift, at));
         let g = get::<S, T>(dy, at) * weight;
-        put::<S, T>(dx, at, g.fma(get::<S, T::Acc>(scale, at), line));
+        dx.put::<S>(at, g.fma(get::<S, T::Acc>(scale, at), line));
     })
 }

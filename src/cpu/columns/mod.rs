@@ -11,11 +11,10 @@ use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
 use crate::cpu::runs::pivot;
-use crate::cpu::streams::{each_vector, get, put, set, At};
+use crate::cpu::streams::{each_vector, get, set, At, To};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::{Affine, Geometry};
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// Rows of a panel, which is `ACROSS` vectors wide: few enough to stay in the first-level cache.
@@ -368,34 +367,34 @@ impl<A: Float> Line<A> {
 #[inline(always)]
 fn by_columns<S: Simd, T: Element>(
     x: &[T],
-    y: &mut [MaybeUninit<T>],
+    mut y: To<T>,
     high: &[T::Acc],
     scale: &[T::Acc],
     bias: &[T::Acc],
 ) {
     let n = x.len();
-    let (y, high, scale, bias) = (&mut y[..n], &high[..n], &scale[..n], &bias[..n]);
+    let (high, scale, bias) = (&high[..n], &scale[..n], &bias[..n]);
     each_vector!(V::<S, T>::W, n, |at| {
         let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
-        put::<S, T>(y, at, d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(bias, at)));
+        y.put::<S>(at, d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(bias, at)));
     })
 }
 
 #[inline(always)]
 fn by_row<S: Simd, T: Element>(
     x: &[T],
-    y: &mut [MaybeUninit<T>],
+    mut y: To<T>,
     high: &[T::Acc],
     scale: &[T::Acc],
     bias: &[T::Acc],
     [w, b]: [T::Acc; 2],
 ) {
     let n = x.len();
-    let (y, high, scale, bias) = (&mut y[..n], &high[..n], &scale[..n], &bias[..n]);
+    let (high, scale, bias) = (&high[..n], &scale[..n], &bias[..n]);
     let (w, b) = (V::<S, T>::splat(w), V::<S, T>::splat(b));
     each_vector!(V::<S, T>::W, n, |at| {
         let d = get::<S, T>(x, at) - get::<S, T::Acc>(high, at);
         let xhat = d.fma(get::<S, T::Acc>(scale, at), get::<S, T::Acc>(bias, at));
-        put::<S, T>(y, at, xhat.fma(w, b));
+        y.put::<S>(at, xhat.fma(w, b));
     })
 }

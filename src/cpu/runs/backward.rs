@@ -142,7 +142,7 @@ impl<T: Element> Backward<'_, T> {
                 for (p, c) in part.spans(span) {
                     let at = row * g.width + c.start..row * g.width + c.end;
                     let to = dx.row(row, c);
-                    gradient::<S, T>(&x[at.clone()], &dy[at], s, s.rstd * params.weight(p), to, g.run);
+                    gradient::<S, T>([&x[at.clone()], &dy[at]], s, s.rstd * params.weight(p), to, g.run);
                 }
             }
         }

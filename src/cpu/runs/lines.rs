@@ -90,12 +90,12 @@ impl<T: Element> Forward<'_, T> {
             self.stats.keep(first + r, stats[r]);
         }
         let (params, n) = (self.params, lines.n);
-        let y = self.out.rows(set * n..(set + R) * n);
         match (params.form, &params.weight) {
             (Form::Columns, Some(weight)) => {
                 for r in 0..R {
                     let (Stat { high, low, .. }, rstd) = (stats[r], stats[r].rstd(self.eps));
-                    let (y, bias) = (&mut y[r * n..(r + 1) * n], params.bias.as_deref());
+                    let bias = params.bias.as_deref();
+                    let y = self.out.rows((set + r) * n..(set + r + 1) * n);
                     let constants = [high, rstd, -(low * rstd)];
                     streams::scale_by_column::<S, T>(x[r], y, weight, bias, constants, R * n);
                 }
@@ -105,11 +105,12 @@ impl<T: Element> Forward<'_, T> {
                     let Stat { high, low, .. } = stats[r];
                     let rstd = stats[r].rstd(self.eps);
                     let mut p = (set + r) % self.g.sets_per_outer() * (n / span);
-                    let y = y[r * n..(r + 1) * n].chunks_exact_mut(span);
-                    for (x, y) in x[r].chunks_exact(span).zip(y) {
+                    let mut at = (set + r) * n;
+                    for x in x[r].chunks_exact(span) {
                         let scale = rstd * params.weight(p);
+                        let y = self.out.rows(at..at + span);
                         streams::scale::<S, T>(x, y, [high, scale, params.bias(p) - low * scale], n);
-                        p += 1;
+                        (p, at) = (p + 1, at + span);
                     }
                 }
             }

@@ -64,12 +64,26 @@ pub(super) trait Convert<T, A>: Vector<Lane = A> {
     /// `y` has room for `W` elements.
     fn store(self, y: &mut [MaybeUninit<T>]);
 
+    /// The same past the caches, where `y` is aligned to 16 bytes: not to be waited for by this thread, nor
+    /// seen by others before a fence (`OutTile` has it).
+    #[inline(always)]
+    fn stream(self, y: &mut [MaybeUninit<T>]) {
+        self.store(y);
+    }
+
     /// `y` has room for `2 * W` elements, which come in the order of `load_pair`.
     #[inline(always)]
     fn store_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<T>]) {
         let (first, second) = y.split_at_mut(Self::W);
         a.store(first);
         b.store(second);
+    }
+
+    #[inline(always)]
+    fn stream_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<T>]) {
+        let (first, second) = y.split_at_mut(Self::W);
+        a.stream(first);
+        b.stream(second);
     }
 
     /// `y` has room for at most `W` elements.

@@ -163,8 +163,10 @@ unsafe fn sum4(s: __m256d) -> f64 {
 macro_rules! convert {
     ($name:ident, $t:ty, $a:ty,
      load |$lp:ident| $load:expr, part |$pp:ident, $pn:ident| $part:expr,
-     store |$sp:ident, $sv:ident| $store:expr, part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr
-     $(, pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr)?) => {
+     store |$sp:ident, $sv:ident| $store:expr, stream |$np:ident, $nv:ident| $stream:expr,
+     part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr
+     $(, pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr,
+     stream |$mp:ident, $ma:ident, $mb:ident| $stream_pair:expr)?) => {
         impl Convert<$t, $a> for $name {
             #[inline(always)]
             fn load(x: &[$t]) -> Self {
@@ -188,6 +190,17 @@ macro_rules! convert {
                 let ($sp, $sv) = (y.as_mut_ptr().cast::<$t>(), self.0);
                 // SAFETY: `W` elements are written, and there is room; within this type's level.
                 unsafe { $store }
+            }
+
+            #[inline(always)]
+            fn stream(self, y: &mut [MaybeUninit<$t>]) {
+                assert!(y.len() == Self::W);
+                if y.as_ptr().addr() % 16 != 0 {
+                    return self.store(y);
+                }
+                let ($np, $nv) = (y.as_mut_ptr().cast::<$t>(), self.0);
+                // SAFETY: `W` elements are written, there is room, aligned to 16 bytes; within this type's level.
+                unsafe { $stream }
             }
 
             #[inline(always)]
@@ -215,6 +228,17 @@ macro_rules! convert {
                     // SAFETY: `2 * W` elements are written, and there is room; within this type's level.
                     unsafe { $store_pair }
                 }
+
+                #[inline(always)]
+                fn stream_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<$t>]) {
+                    assert!(y.len() == 2 * Self::W);
+                    if y.as_ptr().addr() % 16 != 0 {
+                        return Self::store_pair([a, b], y);
+                    }
+                    let ($mp, $ma, $mb) = (y.as_mut_ptr().cast::<$t>(), a.0, b.0);
+                    // SAFETY: as above, and it is aligned.
+                    unsafe { $stream_pair }
+                }
             )?
         }
     };
@@ -222,16 +246,20 @@ macro_rules! convert {
 
 convert! { F32x16, f32, f32,
 load |p| _mm512_loadu_ps(p), part |p, n| _mm512_maskz_loadu_ps(first(n) as u16, p),
-store |p, v| _mm512_storeu_ps(p, v), part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v) }
+store |p, v| _mm512_storeu_ps(p, v), stream |p, v| stream512(p.cast(), _mm512_castps_si512(v)),
+    part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v) }
 convert! { F64x8, f64, f64,
 load |p| _mm512_loadu_pd(p), part |p, n| _mm512_maskz_loadu_pd(first(n) as u8, p),
-store |p, v| _mm512_storeu_pd(p, v), part |p, v, n| _mm512_mask_storeu_pd(p, first(n) as u8, v) }
+store |p, v| _mm512_storeu_pd(p, v), stream |p, v| stream512(p.cast(), _mm512_castpd_si512(v)),
+    part |p, v, n| _mm512_mask_storeu_pd(p, first(n) as u8, v) }
 convert! { F32x8, f32, f32,
 load |p| _mm256_loadu_ps(p), part |p, n| _mm256_maskload_ps(p, first8(n)),
-store |p, v| _mm256_storeu_ps(p, v), part |p, v, n| _mm256_maskstore_ps(p, first8(n), v) }
+store |p, v| _mm256_storeu_ps(p, v), stream |p, v| stream256(p.cast(), _mm256_castps_si256(v)),
+    part |p, v, n| _mm256_maskstore_ps(p, first8(n), v) }
 convert! { F64x4, f64, f64,
 load |p| _mm256_loadu_pd(p), part |p, n| _mm256_maskload_pd(p, first4(n)),
-store |p, v| _mm256_storeu_pd(p, v), part |p, v, n| _mm256_maskstore_pd(p, first4(n), v) }
+store |p, v| _mm256_storeu_pd(p, v), stream |p, v| stream256(p.cast(), _mm256_castpd_si256(v)),
+    part |p, v, n| _mm256_maskstore_pd(p, first4(n), v) }
 
 // Pairs of bf16 vectors are the elements at even places and those at odd ones: a shift and a mask part the
 // 32-bit words that have one of each, where neighbours would have to be moved across the register.
@@ -239,24 +267,51 @@ convert! { F32x16, bf16, f32,
 load |p| bf16_wide16(_mm256_loadu_si256(p.cast())),
 part |p, n| bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
+    stream |p, v| stream256(p.cast(), bf16_narrow16(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v)),
 pairs |p| bf16_parted16(_mm512_loadu_si512(p.cast())),
-|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)) }
+|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)),
+    stream |p, a, b| stream512(p.cast(), bf16_joined16(a, b)) }
 convert! { F32x16, f16, f32,
 load |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
 part |p, n| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
+    stream |p, v| stream256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v)) }
 convert! { F32x8, bf16, f32,
 load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
 store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
+    stream |p, v| _mm_stream_si128(p.cast(), bf16_narrow8(v)),
 part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
 pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
-|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)) }
+|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)),
+    stream |p, a, b| stream256(p.cast(), bf16_joined8(a, b)) }
 convert! { F32x8, f16, f32,
 load |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())), part |p, n| _mm256_cvtph_ps(load16(p.cast(), n)),
 store |p, v| _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
+    stream |p, v| _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
 part |p, v, n| store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n) }
+
+/// In pieces of 16 bytes, as allocators align: the processor puts lines together again.
+#[inline(always)]
+unsafe fn stream256(p: *mut __m128i, v: __m256i) {
+    // SAFETY: the caller's: room for 32 bytes, aligned to 16; called within AVX2 or wider.
+    unsafe {
+        _mm_stream_si128(p, _mm256_castsi256_si128(v));
+        _mm_stream_si128(p.add(1), _mm256_extracti128_si256::<1>(v));
+    }
+}
+
+#[inline(always)]
+unsafe fn stream512(p: *mut __m128i, v: __m512i) {
+    // SAFETY: the caller's: room for 64 bytes, aligned to 16; called within AVX-512.
+    unsafe {
+        _mm_stream_si128(p, _mm512_castsi512_si128(v));
+        _mm_stream_si128(p.add(1), _mm512_extracti32x4_epi32::<1>(v));
+        _mm_stream_si128(p.add(2), _mm512_extracti32x4_epi32::<2>(v));
+        _mm_stream_si128(p.add(3), _mm512_extracti32x4_epi32::<3>(v));
+    }
+}
 
 /// Ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
