@@ -5,9 +5,18 @@
 //! correct: here every argument is checked, once, and every tensor gets its geometry, once.
 //!
 //! All functions take inputs of dtype f16, bf16, f32 or f64 and parameters of any of these. They
-//! accumulate in f32 (f64 for f64 inputs), round once, and return the input's dtype. An input that is
+//! accumulate in f32 (f64 for f64 inputs), round once, and return the input's shape and dtype. Rust has
+//! no default arguments; PyTorch's are `eps` 1e-5 (in `rms_norm` the machine epsilon), `momentum` 0.1,
+//! `training` false and `use_input_stats` true. An input that is
 //! a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
 //! has the same memory order; any other strided input is copied first, and the output is contiguous.
+//! Input, weight and bias get gradients; running statistics get none.
+//!
+//! # Errors
+//!
+//! Every function refuses another dtype than these four, a shape that does not fit, tensors on different
+//! devices and a negative or NaN `eps`. With running statistics: one of the two without the other, a
+//! `momentum` outside `0..=1`, statistics that are not contiguous or lie in another argument's memory.
 
 use crate::autograd::{normalize, Shared, Source, Synchronized};
 use crate::call::{Norm, Running};
@@ -26,7 +35,7 @@ use candle_core::{bail, Result, Tensor, Var};
 /// `bias` have shape `[C]`. Source: Ioffe and Szegedy, <https://arxiv.org/abs/1502.03167>.
 ///
 /// # Errors
-/// Besides mismatched shapes, dtypes and devices: training with a single value per channel, and
+/// Besides those of [every function](self#errors): training with a single value per channel, and
 /// evaluation without running statistics. The running statistics are untouched by a call that fails.
 ///
 /// ```
@@ -107,7 +116,7 @@ pub(crate) fn sync_batch_norm(
 /// <https://arxiv.org/abs/1607.08022>.
 ///
 /// # Errors
-/// Besides mismatched shapes, dtypes and devices: a single spatial element with `use_input_stats`,
+/// Besides those of [every function](self#errors): a single spatial element with `use_input_stats`,
 /// and no running statistics without.
 ///
 /// ```
@@ -156,7 +165,7 @@ pub fn instance_norm(
 /// <https://arxiv.org/abs/1607.06450>.
 ///
 /// # Errors
-/// Mismatched shapes, dtypes and devices, a negative `eps`.
+/// Those of [every function](self#errors).
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -185,7 +194,7 @@ pub fn layer_norm(
 /// `weight` and `bias` have shape `[C]`. Source: Wu and He, <https://arxiv.org/abs/1803.08494>.
 ///
 /// # Errors
-/// Mismatched shapes, dtypes and devices, `num_groups` that does not divide the channels.
+/// Besides those of [every function](self#errors): `num_groups` that does not divide the channels.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -220,7 +229,7 @@ pub fn group_norm(
 /// <https://arxiv.org/abs/1910.07467>.
 ///
 /// # Errors
-/// Mismatched shapes, dtypes and devices, a negative `eps`.
+/// Those of [every function](self#errors).
 ///
 /// ```
 /// use candle_core::{Device, Tensor};

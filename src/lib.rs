@@ -1,4 +1,4 @@
-//! Normalization layers for candle that train, are exact and run at the speed of memory.
+//! Normalization layers for candle that train and are exact, in fused kernels.
 //!
 //! Every norm cuts its input into sets of elements and normalizes each set:
 //!
@@ -44,6 +44,13 @@
 //! * `mpi`: [`SyncBatchNorm`] over processes that `mpirun` started.
 //! * `nccl`: [`SyncBatchNorm`] over GPUs; implies `cuda`.
 //! * `cuda-emulation`: for tests. CPU tensors run through the CUDA kernels, compiled for the host.
+//!
+//! # Environment
+//!
+//! * `CANDLE_NORM_SIMD`: `scalar`, `avx2` or `avx512` instead of the widest instructions of this CPU. Calls
+//!   on CPU tensors fail where the CPU lacks them.
+//! * `CANDLE_GRAD_DO_NOT_DETACH=1`: candle's switch for gradients of gradients. The norms' backward is then
+//!   composed of candle's own operations.
 #![deny(unsafe_code, missing_docs)]
 
 mod autograd;

@@ -47,8 +47,8 @@ options! {
 
 /// Group normalization of `[N, C, ..]`, of any rank from 2 up: see the [module](self).
 ///
-/// The input is of any floating dtype, whatever the dtype of the parameters; the output has the
-/// input's shape and dtype, and is contiguous.
+/// The input is f16, bf16, f32 or f64, whatever of these the parameters are; the output has the input's
+/// shape and dtype, and is contiguous.
 ///
 /// # Errors
 /// The forward fails on an input with other channels than the layer's.

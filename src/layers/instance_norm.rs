@@ -63,7 +63,7 @@ options! {
 /// a layer without them the argument; in a `candle_nn::Sequential` that is
 /// `add_fn(move |x| norm.forward(x))`.
 ///
-/// The input is of any floating dtype, whatever the dtype of the parameters; the output has the
+/// The input is f16, bf16, f32 or f64, whatever of these the parameters are; the output has the
 /// input's shape and dtype, and is contiguous. The running statistics are f32 (f64 in an f64 model),
 /// receive no gradient, and are shared by clones of the layer.
 ///

@@ -81,8 +81,8 @@ options! {
 
 /// Layer normalization over the last dimensions: see the [module](self).
 ///
-/// The input is of any floating dtype, whatever the dtype of the parameters, and of any memory order;
-/// the output has the input's shape and dtype, and is contiguous.
+/// The input is f16, bf16, f32 or f64, whatever of these the parameters are, and of any memory order; the
+/// output has the input's shape and dtype, and is contiguous.
 ///
 /// # Errors
 /// The forward fails on an input whose last dimensions are not `normalized_shape`.

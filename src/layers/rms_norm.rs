@@ -45,7 +45,7 @@ options! {
 
 /// RMS normalization over the last dimensions: see the [module](self).
 ///
-/// The input is of any floating dtype, whatever the dtype of the weight, and of any memory order; the
+/// The input is f16, bf16, f32 or f64, whatever of these the weight is, and of any memory order; the
 /// output has the input's shape and dtype, and is contiguous.
 ///
 /// # Errors

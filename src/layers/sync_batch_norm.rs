@@ -1,7 +1,13 @@
 //! Batch normalization over the batches of several ranks.
 //!
-//! Batch norm on few samples per device is noisy. Synchronized, it uses the statistics of all samples of
-//! the step: N ranks of B samples train as one process with N·B. Arguments and meaning are those of
+//! ```text
+//! y = (x - mean) / sqrt(var + eps) * weight + bias
+//! ```
+//!
+//! as in [`batch_norm`](mod@super::batch_norm), with `mean` and `var` of the inputs `[N, C, ..]` of all
+//! ranks together. Batch norm on few samples per device is noisy. Synchronized, it uses the statistics of
+//! all samples of the step: N ranks of B samples train as one process with N·B. Peng et al. call it
+//! [Cross-GPU Batch Normalization](https://arxiv.org/abs/1711.07240). Arguments and meaning are those of
 //! [`torch.nn.SyncBatchNorm`](https://docs.pytorch.org/docs/stable/generated/torch.nn.SyncBatchNorm.html),
 //! and the ranks are those of any [`ProcessGroup`].
 //!

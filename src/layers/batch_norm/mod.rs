@@ -48,8 +48,8 @@ pub use config::{BatchNormConfig, BatchNormOptions};
 /// Batch normalization of `[N, C, ..]`: see the [module](self).
 ///
 /// There is no `Module`, since training and evaluation differ: call [`ModuleT::forward_t`], or
-/// `x.apply_t(&bn, train)`. The input is of any floating dtype, whatever the dtype of the parameters;
-/// the output has the input's shape and dtype, and is contiguous. The running statistics are f32 (f64 in
+/// `x.apply_t(&bn, train)`. The input is f16, bf16, f32 or f64, whatever of these the parameters are; the
+/// output has the input's shape and dtype, and is contiguous. The running statistics are f32 (f64 in
 /// an f64 model), receive no gradient, and are shared by clones of the layer.
 ///
 /// # Errors
