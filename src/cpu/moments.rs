@@ -15,6 +15,15 @@ pub(super) struct Moments {
 }
 
 impl Moments {
+    /// Of `n` elements whose mean is `mean`, and their squared distances from its `high`, which the mean is
+    /// off by `low`.
+    #[inline(always)]
+    pub fn about<A: Float>(pivot: A, mean: Stat<A>, squares: A, n: f64) -> Self {
+        let low = mean.low.to64();
+        let offset = mean.high.to64() - pivot.to64() + low;
+        Moments { n, offset, m2: squares.to64() - n * low * low }
+    }
+
     #[inline(always)]
     pub fn merge(&mut self, other: Moments) {
         if self.n == 0.0 {

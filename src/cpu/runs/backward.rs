@@ -1,5 +1,6 @@
 //! Backward kernels for sets of long runs.
 
+use super::bands::Band;
 use super::lines::Lines;
 use super::{parts, Part};
 use crate::cpu::element::{Element, Float, V};
@@ -59,6 +60,9 @@ impl<T: Element> Kernel for Backward<'_, T> {
     #[inline(always)]
     fn run<S: Simd>(mut self) {
         let Input { g, params, tile, .. } = self.input;
+        if let Some(band) = Band::of(g, tile) {
+            return self.band::<S>(&band);
+        }
         match params.form {
             Form::Columns if Lines::of(g, params.form, tile).is_some() => self.lines::<S>(tile.sets(g)),
             Form::Columns => self.by_columns::<S>(),

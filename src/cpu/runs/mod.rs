@@ -6,6 +6,7 @@
 //! ```
 
 pub(in crate::cpu) mod backward;
+mod bands;
 mod lines;
 
 use crate::cpu::element::{Element, Float, PANEL, V};
@@ -17,6 +18,7 @@ use crate::cpu::streams::{add_squares, add_sum, scale, scale_by_column, Sum};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
+use bands::Band;
 use lines::Lines;
 use std::ops::Range;
 
@@ -97,10 +99,7 @@ pub(in crate::cpu) fn moments<S: Simd, T: Element>(g: &Geometry, x: &[T], part: 
         for r in rows {
             add_squares(&mut squares, row(r), V::<S, T>::splat(mean.high));
         }
-        // About `high`, which the mean is off by `low`.
-        let low = mean.low.to64();
-        let m2 = squares.total().to64() - n * low * low;
-        moments.merge(Moments { n, offset: mean.high.to64() - pivot.to64() + low, m2 });
+        moments.merge(Moments::about(pivot, mean, squares.total(), n));
     }
     moments
 }
@@ -142,6 +141,9 @@ impl<T: Element> Kernel for Forward<'_, T> {
     fn run<S: Simd>(mut self) {
         if let Some(lines) = Lines::of(self.g, self.params.form, self.tile) {
             return self.lines::<S>(lines);
+        }
+        if let Some(band) = Band::of(self.g, self.tile) {
+            return self.band::<S>(&band);
         }
         for (i, part) in parts(self.g, self.tile).enumerate() {
             let stat = match &self.stats {
