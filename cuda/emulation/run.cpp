@@ -18,6 +18,7 @@
 #endif
 #endif
 #ifdef NORM_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -161,6 +162,10 @@ void Runner::reserve(size_t count) {
     if (memory == MAP_FAILED) fail("no memory for stacks");
     stacks = static_cast<char*>(memory);
     room = count;
+#ifdef NORM_ASAN
+    // Whoever had these addresses before may have left marks.
+    __asan_unpoison_memory_region(stacks, room * STACK);
+#endif
 }
 
 // Runs a fiber until it waits or ends.
@@ -168,12 +173,17 @@ void Runner::resume(Fiber& fiber) {
     running = &fiber;
     current = &fiber.thread;
 #ifdef NORM_ASAN
+    char* bottom = stacks + (&fiber - fibers.data()) * STACK;
     void* fake = nullptr;
-    __sanitizer_start_switch_fiber(&fake, stacks + (&fiber - fibers.data()) * STACK, STACK);
+    __sanitizer_start_switch_fiber(&fake, bottom, STACK);
 #endif
     norm_switch_stack(&own_stack, fiber.stack_pointer);
 #ifdef NORM_ASAN
     __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+    // A fiber ends by not coming back: its last frames never clear the marks around their variables, and
+    // the next fiber on this stack would trip over them.
+    char* left = static_cast<char*>(fiber.stack_pointer);
+    if (fiber.state == State::Done) __asan_unpoison_memory_region(left, bottom + STACK - left);
 #endif
 }
 
