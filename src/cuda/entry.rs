@@ -1,6 +1,9 @@
-//! The kernels by name: `extern "C"` entry points of `cuda/*.cu` and the modules that have them.
+//! The kernels by name: `extern "C"` entry points of `cuda/*.cu`.
 //!
 //! Apart from the plan that picks them, so that an executor can load a table of all of them.
+
+#[cfg(any(feature = "cuda", test))]
+pub(super) mod module;
 
 use candle_core::{bail, DType, Result};
 
@@ -91,33 +94,6 @@ pub(crate) enum Kernel {
     MoveRunning,
 }
 
-/// A `.cu` file, and so a PTX module.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Module(u8);
-
-impl Module {
-    pub const COUNT: usize = STEMS.len();
-
-    pub fn index(self) -> usize {
-        self.0 as usize
-    }
-
-    /// Name of the file in `cuda/` without `.cu`.
-    pub fn stem(self) -> &'static str {
-        STEMS[self.index()]
-    }
-
-    /// Compute capability (major * 10 + minor) that the module's kernels need to do anything.
-    /// Modules above the base compile to nothing below it, and must not be loaded there.
-    pub fn needs_capability(self) -> u32 {
-        if self.stem().starts_with("cluster") {
-            90
-        } else {
-            0
-        }
-    }
-}
-
 /// An entry point: its place in `TABLE`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Entry(u16);
@@ -128,15 +104,13 @@ struct Row {
     element: Element,
     /// 16-byte accesses.
     vector: bool,
+    /// The `.cu` file.
+    #[cfg(any(feature = "cuda", test))]
     stem: &'static str,
 }
 
 impl Entry {
     pub const COUNT: usize = TABLE.len();
-
-    pub fn all() -> impl Iterator<Item = Entry> {
-        (0..Self::COUNT as u16).map(Entry)
-    }
 
     /// The kernel for x of `element`; combine kernels exist once for every accumulation dtype.
     pub fn new(kernel: Kernel, element: Element, vector: bool) -> Option<Self> {
@@ -159,36 +133,6 @@ impl Entry {
     pub fn name(self) -> &'static str {
         TABLE[self.index()].name
     }
-
-    pub fn kernel(self) -> Kernel {
-        TABLE[self.index()].kernel
-    }
-
-    pub fn module(self) -> Module {
-        let stem = TABLE[self.index()].stem;
-        Module(STEMS.iter().position(|s| *s == stem).unwrap_or(0) as u8)
-    }
-
-    /// Whether the module has to raise the kernel's limit of dynamic shared memory.
-    pub fn needs_shared_opt_in(self) -> bool {
-        use Kernel::*;
-        matches!(self.kernel(), ForwardShared | BackwardShared | ForwardClusterShared | BackwardClusterShared)
-    }
-}
-
-macro_rules! stems {
-    ($($stem:literal)*) => {
-        /// Every `.cu` file.
-        const STEMS: &[&str] = &[$($stem),*];
-    };
-}
-
-stems! {
-    "rows_f32" "rows_f16" "rows_bf16" "rows_f64"
-    "cluster_f32" "cluster_f16" "cluster_bf16"
-    "split_f32" "split_f16" "split_bf16" "split_f64"
-    "columns_f32" "columns_f16" "columns_bf16" "columns_f64"
-    "combine_f32" "combine_f64"
 }
 
 /// Rows of the table: `file: kernel name accesses..`, for each element of the file.
@@ -207,11 +151,13 @@ macro_rules! table {
     };
     (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal vector) => {
         Row { name: concat!("norm_", $name, "_", $suffix), kernel: Kernel::$kernel,
-            element: Element::$element, vector: true, stem: concat!($file, "_", $suffix) }
+            element: Element::$element, vector: true,
+            #[cfg(any(feature = "cuda", test))] stem: concat!($file, "_", $suffix) }
     };
     (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal scalar) => {
         Row { name: concat!("norm_", $name, "_", $suffix, "_scalar"), kernel: Kernel::$kernel,
-            element: Element::$element, vector: false, stem: concat!($file, "_", $suffix) }
+            element: Element::$element, vector: false,
+            #[cfg(any(feature = "cuda", test))] stem: concat!($file, "_", $suffix) }
     };
 }
 

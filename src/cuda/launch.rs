@@ -15,7 +15,7 @@
 //! CUDA graph, once the modules are loaded (`warmup`).
 #![allow(unsafe_code)]
 
-use super::entry::{Entry, Module};
+use super::entry::{module::Module, Entry};
 use super::machine::{Machine, RunningAddresses};
 use super::params::Params;
 use super::plan::{DeviceProperties, Launch};

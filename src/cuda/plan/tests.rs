@@ -1,6 +1,7 @@
 //! Tables of plans: what runs for a geometry on a device, and what it moves.
 
 use super::*;
+use crate::cuda::entry::module::Module;
 use std::collections::HashSet;
 
 const SM70: DeviceProperties = DeviceProperties { capability: 70, multiprocessors: 80, shared: 96 << 10 };
@@ -72,8 +73,10 @@ fn every_entry_has_a_name_of_its_own_and_a_file() {
     let names: HashSet<_> = Entry::all().map(Entry::name).collect();
     assert_eq!(names.len(), Entry::COUNT);
     let folder = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("cuda");
-    for entry in Entry::all() {
-        let file = folder.join(entry.module().stem()).with_extension("cu");
+    let stems: HashSet<_> = Entry::all().map(|entry| entry.module().stem()).collect();
+    assert_eq!(stems.len(), Module::COUNT);
+    for stem in stems {
+        let file = folder.join(stem).with_extension("cu");
         assert!(file.exists(), "{}", file.display());
     }
 }

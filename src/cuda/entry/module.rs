@@ -1,0 +1,68 @@
+//! The modules that have the kernels: what a CUDA device loads before it launches one.
+//!
+//! Apart, because the emulation has all kernels linked in and loads nothing.
+
+use super::{Entry, Kernel, TABLE};
+
+macro_rules! stems {
+    ($($stem:literal)*) => {
+        /// Every `.cu` file.
+        const STEMS: &[&str] = &[$($stem),*];
+    };
+}
+
+stems! {
+    "rows_f32" "rows_f16" "rows_bf16" "rows_f64"
+    "cluster_f32" "cluster_f16" "cluster_bf16"
+    "split_f32" "split_f16" "split_bf16" "split_f64"
+    "columns_f32" "columns_f16" "columns_bf16" "columns_f64"
+    "combine_f32" "combine_f64"
+}
+
+/// A `.cu` file, and so a PTX module.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Module(u8);
+
+impl Module {
+    pub const COUNT: usize = STEMS.len();
+
+    pub fn index(self) -> usize {
+        self.0 as usize
+    }
+
+    /// Name of the file in `cuda/` without `.cu`.
+    pub fn stem(self) -> &'static str {
+        STEMS[self.index()]
+    }
+
+    /// Compute capability (major * 10 + minor) that the module's kernels need to do anything.
+    /// Modules above the base compile to nothing below it, and must not be loaded there.
+    pub fn needs_capability(self) -> u32 {
+        if self.stem().starts_with("cluster") {
+            90
+        } else {
+            0
+        }
+    }
+}
+
+impl Entry {
+    pub fn all() -> impl Iterator<Item = Entry> {
+        (0..Self::COUNT as u16).map(Entry)
+    }
+
+    pub fn kernel(self) -> Kernel {
+        TABLE[self.index()].kernel
+    }
+
+    pub fn module(self) -> Module {
+        let stem = TABLE[self.index()].stem;
+        Module(STEMS.iter().position(|s| *s == stem).unwrap_or(0) as u8)
+    }
+
+    /// Whether the module has to raise the kernel's limit of dynamic shared memory.
+    pub fn needs_shared_opt_in(self) -> bool {
+        use Kernel::*;
+        matches!(self.kernel(), ForwardShared | BackwardShared | ForwardClusterShared | BackwardClusterShared)
+    }
+}
