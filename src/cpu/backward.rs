@@ -15,7 +15,6 @@ use super::{columns, runs};
 use crate::call::{Arg, Backward, Gradients};
 use crate::geometry::Geometry;
 use candle_core::{bail, CpuStorage, DType, Result};
-use half::{bf16, f16};
 use std::borrow::Cow;
 
 /// A backward's arguments, read.
@@ -52,18 +51,16 @@ pub(super) fn backward<T: Element>(
         }
         _ => read.trained(params),
     };
-    let sum = |dtype: Option<DType>, of: fn(&AllSlots<T::Acc>) -> &[T::Acc]| {
-        dtype.map(|dtype| {
-            let sum = match &slots {
-                Some((slots, cut)) => read.over_tiles(&cut.tiles(), of(slots)),
-                None => vec![0.0; read.g.params()],
-            };
-            stored(sum, dtype)
-        })
+    let (weight, bias) = match slots {
+        Some((slots, cut)) => {
+            let tiles = cut.tiles();
+            (read.over_tiles(&tiles, slots.weight), read.over_tiles(&tiles, slots.bias))
+        }
+        None => (vec![T::Acc::ZERO; read.g.params()], vec![T::Acc::ZERO; read.g.params()]),
     };
     Ok(Gradients {
-        dweight: sum(call.want.dweight, |s| &s.weight).transpose()?,
-        dbias: sum(call.want.dbias, |s| &s.bias).transpose()?,
+        dweight: call.want.dweight.map(|dtype| stored(weight, dtype)).transpose()?,
+        dbias: call.want.dbias.map(|dtype| stored(bias, dtype)).transpose()?,
         dx: dx.map(T::to_cpu_storage_owned),
     })
 }
@@ -77,10 +74,9 @@ pub(super) fn gradient_sums<T: Element>(level: Level, call: &Backward<CpuStorage
     let cut = read.cut(false);
     let slots = read.sums(&cut, true).1;
     let tiles = cut.tiles();
-    let both = [read.over_tiles(&tiles, &slots.bias), read.over_tiles(&tiles, &slots.weight)].concat();
+    let both = [read.over_tiles(&tiles, slots.bias), read.over_tiles(&tiles, slots.weight)].concat();
     // Without elements there are no parameters to be seen, but there may be sets.
-    let sums = if both.is_empty() { vec![0.0; 2 * read.g.sets()] } else { both };
-    Ok(sums.into_iter().map(T::Acc::from64).collect())
+    Ok(if both.is_empty() { vec![T::Acc::ZERO; 2 * read.g.sets()] } else { both })
 }
 
 /// dx from sums over `count` elements a set, some of them elsewhere.
@@ -206,16 +202,22 @@ impl<'a, T: Element> Call<'a, T> {
     }
 
     /// Parameter sums over all tiles.
-    fn over_tiles(&self, tiles: &[Tile], slots: &[T::Acc]) -> Vec<f64> {
-        let mut sum = vec![0.0; self.g.params()];
-        let mut rest = slots;
+    fn over_tiles(&self, tiles: &[Tile], slots: Vec<T::Acc>) -> Vec<T::Acc> {
+        let all = 0..self.g.params();
+        if let [tile] = tiles {
+            if tile.params(self.g) == all {
+                return slots;
+            }
+        }
+        let mut sum = vec![0.0; all.len()];
+        let mut rest = &slots[..];
         for tile in tiles {
             let params = tile.params(self.g);
             let (own, others) = rest.split_at(params.len());
             sum[params].iter_mut().zip(own).for_each(|(sum, own)| *sum += own.to64());
             rest = others;
         }
-        sum
+        sum.into_iter().map(T::Acc::from64).collect()
     }
 }
 
@@ -236,12 +238,16 @@ impl<A: Float> AllSlots<A> {
     }
 }
 
-fn stored(x: Vec<f64>, dtype: DType) -> Result<CpuStorage> {
+fn stored<A: Float>(x: Vec<A>, dtype: DType) -> Result<CpuStorage> {
+    fn rounded<A: Float, T: Element>(x: Vec<A>) -> Vec<T> {
+        x.into_iter().map(|x| T::narrow(T::Acc::from64(x.to64()))).collect()
+    }
     Ok(match dtype {
-        DType::F64 => CpuStorage::F64(x),
-        DType::F32 => CpuStorage::F32(x.into_iter().map(|x| x as f32).collect()),
-        DType::F16 => CpuStorage::F16(x.into_iter().map(f16::from_f64).collect()),
-        DType::BF16 => CpuStorage::BF16(x.into_iter().map(bf16::from_f64).collect()),
+        dtype if dtype == A::DTYPE => A::to_cpu_storage_owned(x),
+        DType::F64 => CpuStorage::F64(rounded(x)),
+        DType::F32 => CpuStorage::F32(rounded(x)),
+        DType::F16 => CpuStorage::F16(rounded(x)),
+        DType::BF16 => CpuStorage::BF16(rounded(x)),
         other => bail!("no gradient of dtype {other:?}"),
     })
 }
