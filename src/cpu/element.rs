@@ -10,8 +10,9 @@ use std::borrow::Cow;
 use std::mem::MaybeUninit;
 use std::ops::Neg;
 
-/// Elements of a panel: few enough that the first-level cache keeps them between two passes.
-pub(super) const PANEL: usize = 4096;
+/// Vectors of a panel: few enough elements for the first-level cache to keep them between two passes, and
+/// for a lane's sum of a quarter of them to stay exact to a few roundings before it goes on in f64.
+pub(super) const PANEL: usize = 256;
 
 /// The vector in which elements of type `T` are computed with.
 pub(super) type V<S, T> = <<T as Element>::Acc as Float>::V<S>;

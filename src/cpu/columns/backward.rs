@@ -235,8 +235,10 @@ impl<T: Element> Backward<'_, T> {
         for r in 0..sheet.rows {
             // The slots start at the tile's first row of a block.
             let slot = if self.input.tile.rows.len() >= self.input.g.rows { sheet.row + r } else { r };
-            for c in (0..sheet.columns).step_by(PANEL) {
-                let end = (c + PANEL).min(sheet.columns);
+            // One vector sums here, not four as elsewhere.
+            let panel = PANEL / 4 * V::<S, T>::W;
+            for c in (0..sheet.columns).step_by(panel) {
+                let end = (c + panel).min(sheet.columns);
                 let first = sheet.first + r * sheet.stride;
                 let (x, dy) = (&self.input.x[first..], &self.input.dy[first..]);
                 let (x, dy, high) = (&x[c..end], &dy[c..end], &line.high[c..end]);

@@ -3,7 +3,7 @@
 use super::bands::Band;
 use super::lines::Lines;
 use super::{parts, Part};
-use crate::cpu::element::{Element, Float, V};
+use crate::cpu::element::{Element, Float, PANEL, V};
 use crate::cpu::gradient::{Means, MeansFrom, Slope, Slots, Sums};
 use crate::cpu::level::Kernel;
 use crate::cpu::moments::{Stat, Stats};
@@ -98,7 +98,7 @@ impl<T: Element> Input<'_, T> {
     #[inline(always)]
     fn dots<S: Simd>(&self, part: &Part, weight: Option<&[T::Acc]>, high: T::Acc) -> Sums {
         let mut sums = Sums::default();
-        for (rows, columns) in part.panels() {
+        for (rows, columns) in part.panels(PANEL * V::<S, T>::W) {
             let weight = weight.map(|w| &w[columns.clone()]);
             let mut dots = [Sum::<S, T::Acc>::zero(), Sum::zero()];
             for r in rows {

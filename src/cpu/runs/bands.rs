@@ -39,10 +39,11 @@ impl Band {
         })
     }
 
-    /// Rows whose sums stay in the accumulation type, as ranges.
+    /// Rows whose sums stay in the accumulation type, as ranges. Sums have one vector of `w` here, not four
+    /// as elsewhere.
     #[inline(always)]
-    fn panels(&self) -> impl Iterator<Item = Range<usize>> {
-        let (step, end) = ((PANEL / self.run).max(1), self.rows.end);
+    fn panels(&self, w: usize) -> impl Iterator<Item = Range<usize>> {
+        let (step, end) = ((PANEL / 4 * w / self.run).max(1), self.rows.end);
         self.rows.clone().step_by(step).map(move |r| r..(r + step).min(end))
     }
 
@@ -91,7 +92,7 @@ impl<T: Element> Forward<'_, T> {
         let mut moments = vec![Moments::default(); sets];
         let mut sums = vec![zero; sets];
         let mut means = vec![Stat::ZERO; sets];
-        for rows in band.panels() {
+        for rows in band.panels(V::<S, T>::W) {
             let n = (rows.len() * band.run) as f64;
             if g.center {
                 sums.fill(zero);
@@ -179,7 +180,7 @@ impl<T: Element> Backward<'_, T> {
         let zero = V::<S, T>::splat(T::Acc::ZERO);
         let mut all = vec![Sums::default(); sets];
         let mut sums = vec![[zero; 2]; sets];
-        for rows in band.panels() {
+        for rows in band.panels(V::<S, T>::W) {
             sums.fill([zero; 2]);
             for row in rows {
                 let x = band.row(input.x, input.g.width, row).chunks_exact(band.run);

@@ -49,11 +49,11 @@ pub(in crate::cpu) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterato
 }
 
 impl Part {
-    /// Rows and columns of panels of at most `PANEL` elements.
+    /// Rows and columns of panels of at most `most` elements.
     #[inline(always)]
-    pub fn panels(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+    pub fn panels(&self, most: usize) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
         let len = self.columns.len();
-        let (down, across) = ((PANEL / len).max(1), len.min(PANEL));
+        let (down, across) = ((most / len).max(1), len.min(most));
         let (rows, columns) = (self.rows.clone(), self.columns.clone());
         rows.clone().step_by(down).flat_map(move |r| {
             let (rows, end) = (r..(r + down).min(rows.end), columns.end);
@@ -84,7 +84,7 @@ pub(in crate::cpu) fn pivot<T: Element>(g: &Geometry, x: &[T], first: usize) -> 
 pub(in crate::cpu) fn moments<S: Simd, T: Element>(g: &Geometry, x: &[T], part: &Part) -> Moments {
     let pivot = pivot(g, x, part.first);
     let mut moments = Moments::default();
-    for (rows, columns) in part.panels() {
+    for (rows, columns) in part.panels(PANEL * V::<S, T>::W) {
         let n = (rows.len() * columns.len()) as f64;
         let row = |r: usize| &x[r * g.width + columns.start..r * g.width + columns.end];
         let mut mean = Stat::ZERO;
