@@ -5,11 +5,13 @@
 //! correct: here every argument is checked, once, and every tensor gets its geometry, once.
 //!
 //! All functions take inputs of dtype f16, bf16, f32 or f64 and parameters of any of these. They
-//! accumulate in f32 (f64 for f64 inputs), round once, and return the input's shape and dtype. Rust has
-//! no default arguments; PyTorch's are `eps` 1e-5 (in `rms_norm` the machine epsilon), `momentum` 0.1,
-//! `training` false and `use_input_stats` true. An input that is
-//! a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
+//! accumulate in f32 (f64 for f64 inputs), round once, and return the input's shape and dtype. An input
+//! that is a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
 //! has the same memory order; any other strided input is copied first, and the output is contiguous.
+//!
+//! Rust has no default arguments; PyTorch's are `eps` 1e-5 (in `rms_norm` the machine epsilon), `momentum`
+//! 0.1, `training` false and `use_input_stats` true.
+//!
 //! Input, weight and bias get gradients; running statistics get none.
 //!
 //! # Errors
