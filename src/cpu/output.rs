@@ -31,13 +31,38 @@ fn streamed_from() -> usize {
     })
 }
 
+/// Bytes from which a buffer is worth the call. Above 32 MiB glibc maps memory anew for every one, and below
+/// it returns memory to the kernel when several are freed.
+#[cfg(target_os = "linux")]
+const ADVISED_FROM: usize = 4 << 20;
+#[cfg(target_os = "linux")]
+const HUGE_PAGE: usize = 2 << 20;
+
+/// Lets the kernel hand out a large fresh buffer in huge pages: a fault for each instead of 512.
+#[cfg(target_os = "linux")]
+fn advise_huge_pages<T>(buffer: &mut [MaybeUninit<T>]) {
+    if size_of_val(buffer) < ADVISED_FROM {
+        return;
+    }
+    let Range { start, end } = buffer.as_mut_ptr_range();
+    let first = start.addr().next_multiple_of(HUGE_PAGE);
+    let len = (end.addr() - first) / HUGE_PAGE * HUGE_PAGE;
+    // SAFETY: whole pages within the buffer; the advice changes no contents. Refused, it changes nothing.
+    unsafe { libc::madvise(start.with_addr(first).cast(), len, libc::MADV_HUGEPAGE) };
+}
+
+#[cfg(not(target_os = "linux"))]
+fn advise_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
+
 impl<T: Element> Output<T> {
     pub fn new(g: &Geometry) -> Self {
         let len = g.elements();
         // Lines that two stores share, of which one goes through the caches, would cost more than is saved.
         let aligned = g.run * size_of::<T>() % 16 == 0;
         let stream = aligned && len * size_of::<T>() > streamed_from();
-        Self { buffer: Vec::with_capacity(len), width: g.width, len, stream }
+        let mut buffer = Vec::with_capacity(len);
+        advise_huge_pages(buffer.spare_capacity_mut());
+        Self { buffer, width: g.width, len, stream }
     }
 
     /// The tiles of `cut`, which cuts the output's own geometry.
