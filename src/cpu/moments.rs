@@ -56,8 +56,8 @@ impl<A: Float> Stat<A> {
         // What the addition lost (Knuth's exact sum).
         let rest = high - pivot;
         let low = (pivot - (high - rest)) + (offset - rest);
-        let finite = high - high == A::ZERO;
-        Stat { high, low: if finite { low } else { A::ZERO }, var: A::ZERO }
+        let low = if high.to64().is_finite() { low } else { A::ZERO };
+        Stat { high, low, var: A::ZERO }
     }
 
     /// Of a set whose pivot is `pivot`; zeros for an empty set.

@@ -54,11 +54,15 @@ fn advise_huge_pages<T>(buffer: &mut [MaybeUninit<T>]) {
 #[cfg(not(target_os = "linux"))]
 fn advise_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
 
+/// Bytes of a run from which it is: short ones alternate too often with reads that miss the caches. A line that
+/// two stores share, of which one goes through the caches, would cost more than is saved; hence the 16 bytes.
+const STREAMED_ROW: usize = 2048;
+
 impl<T: Element> Output<T> {
     pub fn new(g: &Geometry) -> Self {
         let len = g.elements();
-        // Lines that two stores share, of which one goes through the caches, would cost more than is saved.
-        let aligned = g.run * size_of::<T>() % 16 == 0;
+        let row = g.run * size_of::<T>();
+        let aligned = row.is_multiple_of(16) && row >= STREAMED_ROW;
         let stream = aligned && len * size_of::<T>() > streamed_from();
         let mut buffer = Vec::with_capacity(len);
         advise_huge_pages(buffer.spare_capacity_mut());

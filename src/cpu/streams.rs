@@ -12,7 +12,7 @@ use super::gradient::Slope;
 use super::vector::{Simd, Vector};
 use std::mem::MaybeUninit;
 
-/// Short sets that are summed side by side, so that their latencies overlap.
+/// Short sets, or rows, that are summed side by side, so that their latencies overlap.
 pub(super) const ABREAST: usize = 4;
 /// Pairs of vectors of partial sums per sum. An addition takes 3 to 5 cycles, and 1 or 2 start in each.
 const PAIRS: usize = 2;
@@ -368,57 +368,55 @@ pub(super) fn gradient<S: Simd, T: Element>(
     )
 }
 
-/// Sums of `dy * xhat` and of `dy`, one a column.
-pub(super) type ColumnSums<'a, A> = [&'a mut [A]; 2];
-
-/// `dx = dy * rstd * weight + ((x - high) * slope + shift)` of a row with a weight for each column; adds to
-/// the columns' sums. Asks for what is `ahead` in x and dy.
-///
-/// One row at a time: several would share weights and sums in registers, but their stores would take turns
-/// in as many places, and that costs more where memory rules.
+/// `dx = dy * rstd * weight + ((x - high) * slope + shift)` of a row with a weight for each column. Asks for
+/// what is `ahead` in x and dy.
 #[inline(always)]
 pub(super) fn gradient_by_column<S: Simd, T: Element>(
     [x, dy]: [&[T]; 2],
     s: Slope<T::Acc>,
     weight: &[T::Acc],
-    dx: Option<To<T>>,
-    sums: Option<ColumnSums<T::Acc>>,
+    mut dx: To<T>,
     ahead: usize,
 ) {
     let n = weight.len();
     let (x, dy) = (&x[..n], &dy[..n]);
     let s = s.splat::<S>();
-    match (dx, sums) {
-        (Some(mut dx), Some([dw, db])) => {
-            let (dw, db) = (&mut dw[..n], &mut db[..n]);
-            each_vector!(V::<S, T>::W, n, |at| {
-                let g = get::<S, T>(dy, at);
-                let (d, scaled) = (get::<S, T>(x, at) - s.high, g * s.rstd);
-                let line = d.fma(s.slope, s.shift);
-                dx.put::<S>(at, scaled.fma(get::<S, T::Acc>(weight, at), line));
-                set::<S, T::Acc>(dw, at, scaled.fma(d - s.low, get::<S, T::Acc>(dw, at)));
-                set::<S, T::Acc>(db, at, get::<S, T::Acc>(db, at) + g);
-                prefetch::<S, T>(x, at.from, ahead);
-                prefetch::<S, T>(dy, at.from, ahead);
-            })
-        }
-        (None, Some([dw, db])) => {
-            let (dw, db) = (&mut dw[..n], &mut db[..n]);
-            each_vector!(V::<S, T>::W, n, |at| {
-                let g = get::<S, T>(dy, at);
-                let d = get::<S, T>(x, at) - s.high;
-                set::<S, T::Acc>(dw, at, (g * s.rstd).fma(d - s.low, get::<S, T::Acc>(dw, at)));
-                set::<S, T::Acc>(db, at, get::<S, T::Acc>(db, at) + g);
-            })
-        }
-        (Some(mut dx), None) => {
-            each_vector!(V::<S, T>::W, n, |at| {
-                let (d, scaled) = (get::<S, T>(x, at) - s.high, get::<S, T>(dy, at) * s.rstd);
-                dx.put::<S>(at, scaled.fma(get::<S, T::Acc>(weight, at), d.fma(s.slope, s.shift)));
-                prefetch::<S, T>(x, at.from, ahead);
-                prefetch::<S, T>(dy, at.from, ahead);
-            })
-        }
-        (None, None) => {}
+    each_vector!(V::<S, T>::W, n, |at| {
+        let (d, scaled) = (get::<S, T>(x, at) - s.high, get::<S, T>(dy, at) * s.rstd);
+        dx.put::<S>(at, scaled.fma(get::<S, T::Acc>(weight, at), d.fma(s.slope, s.shift)));
+        prefetch::<S, T>(x, at.from, ahead);
+        prefetch::<S, T>(dy, at.from, ahead);
+    })
+}
+
+/// Adds `dy * xhat` and `dy` of `R` rows to the sums of every column.
+///
+/// Several rows at once, so that a sum is not stored by one and awaited by the next; and apart from dx, whose
+/// stores would take turns in as many places.
+#[inline(always)]
+pub(super) fn add_columns<S: Simd, T: Element, const R: usize>(
+    x: [&[T]; R],
+    dy: [&[T]; R],
+    slopes: [Slope<T::Acc>; R],
+    [dw, db]: [&mut [T::Acc]; 2],
+) {
+    let n = dw.len();
+    let db = &mut db[..n];
+    let (mut rows, mut s) = ([(x[0], dy[0]); R], [slopes[0].splat::<S>(); R]);
+    for r in 0..R {
+        rows[r] = (&x[r][..n], &dy[r][..n]);
+        s[r] = slopes[r].splat::<S>();
     }
+    each_vector!(V::<S, T>::W, n, |at| {
+        let (mut weight, mut bias) = (get::<S, T::Acc>(dw, at), get::<S, T::Acc>(db, at));
+        for r in 0..R {
+            let (x, dy) = rows[r];
+            let dy = get::<S, T>(dy, at);
+            let d = (get::<S, T>(x, at) - s[r].high) - s[r].low;
+            weight = (dy * s[r].rstd).fma(d, weight);
+            bias = bias + dy;
+        }
+        set::<S, T::Acc>(dw, at, weight);
+        set::<S, T::Acc>(db, at, bias);
+    })
 }

@@ -9,7 +9,7 @@ use crate::cpu::level::Kernel;
 use crate::cpu::moments::{Stat, Stats};
 use crate::cpu::output::OutTile;
 use crate::cpu::params::{Form, Params};
-use crate::cpu::streams::{add_dots, gradient, gradient_by_column, Sum};
+use crate::cpu::streams::{add_columns, add_dots, gradient, gradient_by_column, Sum};
 use crate::cpu::tile::Tile;
 use crate::cpu::vector::{Simd, Vector};
 use crate::geometry::Geometry;
@@ -159,14 +159,24 @@ impl<T: Element> Backward<'_, T> {
         for part in parts(g, tile) {
             let s = self.slope::<S>(&part);
             let c = part.columns.clone();
+            let at = |row: usize| row * g.width + c.start..row * g.width + c.end;
+            if let Some(dx) = &mut self.dx {
+                for row in part.rows.clone() {
+                    let both = [&x[at(row)], &dy[at(row)]];
+                    gradient_by_column::<S, T>(both, s, &weight[c.clone()], dx.row(row, c.clone()), 0);
+                }
+            }
+            let Some(slots) = &mut self.slots else { continue };
             let own = c.start - tile.columns.start..c.end - tile.columns.start;
-            for row in part.rows.clone() {
-                let at = row * g.width + c.start..row * g.width + c.end;
-                let sums =
-                    self.slots.as_mut().map(|s| [&mut s.weight[own.clone()], &mut s.bias[own.clone()]]);
-                let dx = self.dx.as_mut().map(|dx| dx.row(row, c.clone()));
-                let both = [&x[at.clone()], &dy[at]];
-                gradient_by_column::<S, T>(both, s, &weight[c.clone()], dx, sums, 0);
+            let (dw, db) = (&mut slots.weight[own.clone()], &mut slots.bias[own]);
+            let mut row = part.rows.start;
+            while row + 2 <= part.rows.end {
+                let (x, dy) = ([&x[at(row)], &x[at(row + 1)]], [&dy[at(row)], &dy[at(row + 1)]]);
+                add_columns::<S, T, 2>(x, dy, [s; 2], [&mut *dw, &mut *db]);
+                row += 2;
+            }
+            if row < part.rows.end {
+                add_columns::<S, T, 1>([&x[at(row)]], [&dy[at(row)]], [s], [dw, db]);
             }
         }
     }

@@ -29,7 +29,7 @@ impl Band {
     /// `None` for other sets, tiles with parts of sets, and sets with several parameters.
     #[inline(always)]
     pub fn of(g: &Geometry, tile: &Tile) -> Option<Band> {
-        let whole = g.outer == 1 && tile.rows.len() == g.rows && tile.columns.len() % g.run == 0;
+        let whole = g.outer == 1 && tile.rows.len() == g.rows && tile.columns.len().is_multiple_of(g.run);
         let fits = g.rows > 1 && g.run <= SHORT && g.one_param_per_set() && whole;
         fits.then(|| Band {
             run: g.run,

@@ -32,7 +32,7 @@ impl Lines {
     /// weights by column.
     #[inline(always)]
     pub fn of(g: &Geometry, form: Form, tile: &Tile) -> Option<Lines> {
-        let whole = tile.columns.start % g.run == 0 && tile.columns.end % g.run == 0;
+        let whole = tile.columns.start.is_multiple_of(g.run) && tile.columns.end.is_multiple_of(g.run);
         let alike = form != Form::Columns || g.run == g.width;
         (g.rows == 1 && whole && alike).then(|| Lines { n: g.run, sets: tile.sets(g) })
     }
@@ -193,12 +193,12 @@ fn short_stats<S: Simd, T: Element, const R: usize>(x: [&[T]; R], center: bool) 
 }
 
 impl<T: Element> Backward<'_, T> {
-    /// Layer and RMS norm: the sums of a set, or of a few, then dx and the sums of columns.
+    /// Layer and RMS norm: the sums of a few sets, then their dx, then the sums of columns.
     #[inline(always)]
     pub(super) fn lines<S: Simd>(&mut self, sets: Range<usize>) {
         let lines = Lines { n: self.input.g.run, sets };
         let mut set = lines.sets.start;
-        while lines.short::<T>() && set + ABREAST <= lines.sets.end {
+        while set + ABREAST <= lines.sets.end {
             self.line::<S, ABREAST>(&lines, set);
             set += ABREAST;
         }
@@ -211,22 +211,27 @@ impl<T: Element> Backward<'_, T> {
     #[inline(always)]
     fn line<S: Simd, const R: usize>(&mut self, lines: &Lines, set: usize) {
         let Some(weight) = self.input.params.weight.as_deref() else { return };
-        let (x, dy) = (rows(self.input.x, lines, set), rows(self.input.dy, lines, set));
+        let n = lines.n;
+        let (x, dy): ([_; R], [_; R]) = (rows(self.input.x, lines, set), rows(self.input.dy, lines, set));
         let mut slopes = [Slope::ZERO; R];
-        match self.means {
-            MeansFrom::Tile if lines.short::<T>() => {
-                slopes = short_slopes::<S, T, R>(&self.input, x, dy, weight, set);
-            }
-            _ => {
-                for r in 0..R {
-                    slopes[r] = self.slope::<S>(&lines.part(self.input.g, set + r));
-                }
-            }
+        // Short sets are asked for while those before are turned into dx, longer ones one by one.
+        let short = lines.short::<T>();
+        let ahead = if short { R * n } else { n };
+        let abreast = short && matches!(self.means, MeansFrom::Tile);
+        if abreast {
+            slopes = short_slopes::<S, T, R>(&self.input, x, dy, weight, set);
         }
         for r in 0..R {
-            let dx = self.dx.as_mut().map(|dx| dx.row(set + r, 0..lines.n));
-            let sums = self.slots.as_mut().map(|s| [&mut *s.weight, &mut *s.bias]);
-            streams::gradient_by_column::<S, T>([x[r], dy[r]], slopes[r], weight, dx, sums, R * lines.n);
+            if !abreast {
+                slopes[r] = self.slope::<S>(&lines.part(self.input.g, set + r));
+            }
+            if let Some(dx) = &mut self.dx {
+                let dx = dx.row(set + r, 0..n);
+                streams::gradient_by_column::<S, T>([x[r], dy[r]], slopes[r], weight, dx, ahead);
+            }
+        }
+        if let Some(slots) = &mut self.slots {
+            streams::add_columns::<S, T, R>(x, dy, slopes, [slots.weight, slots.bias]);
         }
     }
 }
