@@ -58,6 +58,8 @@ fn large() -> Vec<Geometry> {
     vec![
         geometry(700, 1, 131, 131, span(1)),
         geometry(65, 1, 3001, 3001, span(1)),
+        // Large enough, in tests, to be written past the caches.
+        geometry(130, 1, 1024, 1024, span(1)),
         // Layer norm with sets that are cut.
         geometry(3, 1, 200_003, 200_003, span(1)),
         // Group norm: whole sets, and cut ones, within spans and over them.
@@ -305,4 +307,66 @@ fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
         assert!(one == all(2) && one == all(5), "{g:?}");
     }
     Ok(())
+}
+
+/// `T`'s elements of a storage.
+fn elements<T: WithDType>(storage: &CpuStorage) -> Vec<T> {
+    T::cpu_storage_as_slice(storage).unwrap().to_vec()
+}
+
+fn not_finite<T: Element>(g: Geometry) {
+    let clean = Case::<T>::new(g, 0.5, 2.0);
+    let mut dirty = Case::<T>::new(g, 0.5, 2.0);
+    let (mut x, mut dy) = (elements::<T>(&dirty.x), elements::<T>(&dirty.dy));
+    // The last element of the first set, and the first one of the last.
+    let last = (g.rows - 1) * g.width + g.run - 1;
+    (x[last], dy[last]) = (T::from_f64(f64::NAN), T::from_f64(f64::INFINITY));
+    x[g.first(g.sets() - 1)] = T::from_f64(f64::INFINITY);
+    (dirty.x, dirty.dy) = (T::to_cpu_storage_owned(x), T::to_cpu_storage_owned(dy));
+    for level in Level::available() {
+        let run = |case: &Case<T>| {
+            let (y, stats) = case.forward(level);
+            let [dx, ..] = case.backward(level, &stats, false, ALL);
+            (all_to64(&y), dx.unwrap())
+        };
+        let ((y, dx), (dirty_y, dirty_dx)) = (run(&clean), run(&dirty));
+        for i in 0..y.len() {
+            let set = i / g.block_len() * g.sets_per_outer() + i % g.width / g.run;
+            let what = format!("element {i} at {} of {:?}, {g:?}", level.name(), T::DTYPE);
+            if set == 0 || set == g.sets() - 1 {
+                // Of a single element the deviation from itself is NaN, too.
+                assert!(dirty_y[i].is_nan() && dirty_dx[i].is_nan(), "{what}");
+            } else {
+                assert!(y[i] == dirty_y[i] && dx[i] == dirty_dx[i], "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn what_is_not_finite_stays_in_its_set() {
+    for g in small().into_iter().filter(|g| g.sets() > 1) {
+        not_finite::<f32>(g);
+        not_finite::<bf16>(g);
+        not_finite::<f16>(g);
+    }
+}
+
+#[test]
+fn far_from_zero() {
+    for (mean, std) in [(1e4, 1.0), (1e3, 0.1)] {
+        // A few elements may by chance lie closer together than f32 can tell apart.
+        for g in small().into_iter().filter(|g| g.set_len() > 40) {
+            let c = Case::<f32>::new(g, mean, std);
+            let [x, _, w, b] = &c.exact;
+            let expected = oracle::forward(&g, EPS, x, &oracle::statistics(&g, x), w, b);
+            for level in Level::available() {
+                let y = all_to64(&c.forward(level).0);
+                let square = |v: f64| v * v;
+                let off: f64 = y.iter().zip(&expected).map(|(y, e)| square(y - e)).sum();
+                let error = (off / expected.iter().map(|e| square(*e)).sum::<f64>()).sqrt();
+                assert!(error < 1e-6, "{error:e} at mean {mean:e}, {} of {g:?}", level.name());
+            }
+        }
+    }
 }
