@@ -175,9 +175,13 @@ fn train(group: Arc<dyn ProcessGroup>, args: &Args) -> Result<()> {
 /// The processes of a launcher, if one has started this one.
 fn launched() -> Result<Option<Arc<dyn ProcessGroup>>> {
     let set = |name: &str| std::env::var_os(name).is_some();
-    #[cfg(feature = "mpi")]
     if set("OMPI_COMM_WORLD_SIZE") || set("PMI_SIZE") || set("PMIX_RANK") {
+        #[cfg(feature = "mpi")]
         return Ok(Some(Arc::new(candle_norm::distributed::MpiGroup::world()?)));
+        #[cfg(not(feature = "mpi"))]
+        anyhow::bail!(
+            "started by mpirun, but built without the feature mpi: every process would train alone"
+        );
     }
     if set("RANK") && set("WORLD_SIZE") && set("MASTER_ADDR") {
         return Ok(Some(Arc::new(TcpGroup::from_env()?)));
