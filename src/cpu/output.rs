@@ -20,8 +20,8 @@ pub(super) struct Output<T> {
     stream: bool,
 }
 
-/// Bytes of an output that is written past the caches: more than half of the last-level cache, which cannot
-/// keep it for whoever reads it next. 32 MiB where the system does not tell.
+/// Bytes of an output that is written past the caches: three quarters of the last-level cache, which will not
+/// keep it for whoever reads it next. 24 MiB where the system does not tell.
 fn streamed_from() -> usize {
     if cfg!(test) {
         return 256 << 10; // within reach of tests
@@ -30,7 +30,7 @@ fn streamed_from() -> usize {
     *BYTES.get_or_init(|| {
         let cache = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").ok();
         let kib = cache.and_then(|size| size.trim().strip_suffix('K')?.parse::<usize>().ok());
-        kib.unwrap_or(64 << 10) * 1024 / 2
+        kib.unwrap_or(32 << 10) * 1024 / 4 * 3
     })
 }
 
