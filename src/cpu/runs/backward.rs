@@ -63,9 +63,10 @@ impl<T: Element> Kernel for Backward<'_, T> {
         if let Some(band) = Band::of(g, tile) {
             return self.band::<S>(&band);
         }
-        match params.form {
-            Form::Columns if Lines::of(g, params.form, tile).is_some() => self.lines::<S>(tile.sets(g)),
-            Form::Columns => self.by_columns::<S>(),
+        match (params.form, Lines::of(g, params.form, tile)) {
+            (Form::Columns, Some(lines)) => self.lines::<S>(lines),
+            (Form::Spans(span), Some(lines)) => self.span_lines::<S>(lines, span),
+            (Form::Columns, None) => self.by_columns::<S>(),
             _ => self.by_spans::<S>(),
         }
     }
