@@ -5,12 +5,14 @@ use std::sync::Mutex;
 /// Runs `f` on every item, on several threads if there are several of both.
 ///
 /// The calling thread takes part from the first item on; the pool's may come later, as they have to be woken.
+/// Threads start far from each other: neighbours would meet in the same pages of a fresh output, and each
+/// would have the kernel clear them.
 pub(super) fn each<I: Send>(items: Vec<I>, f: impl Fn(I) + Send + Sync) {
     let threads = rayon::current_num_threads().min(items.len());
     if threads < 2 {
         return items.into_iter().for_each(f);
     }
-    let queue = Mutex::new(items.into_iter());
+    let queue = Mutex::new(spread(items, threads).into_iter());
     // A panic in `f` leaves the queue whole; rayon hands the panic on.
     let next = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
     let work = || {
@@ -24,6 +26,14 @@ pub(super) fn each<I: Send>(items: Vec<I>, f: impl Fn(I) + Send + Sync) {
         }
         work()
     })
+}
+
+/// Items in turn from each of `parts` equal parts.
+fn spread<I>(items: Vec<I>, parts: usize) -> Vec<I> {
+    let len = items.len().div_ceil(parts);
+    let mut rest: Vec<Option<I>> = items.into_iter().map(Some).collect();
+    let order = (0..len).flat_map(|i| (0..parts).map(move |part| part * len + i));
+    order.filter_map(|i| rest.get_mut(i)?.take()).collect()
 }
 
 /// `slice` in neighbouring parts of the given lengths.

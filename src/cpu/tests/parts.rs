@@ -3,8 +3,10 @@
 use crate::cpu::element::Element;
 use crate::cpu::level::Level;
 use crate::cpu::tile::Cut;
+use crate::cpu::work::each;
 use crate::geometry::{Affine, Geometry};
 use half::{bf16, f16};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 #[test]
 fn widening_is_exact_for_every_half() {
@@ -97,5 +99,15 @@ fn levels_are_named_and_the_scalar_one_is_always_there() {
     assert!(Level::named("sse9").is_err());
     for name in ["scalar", "avx2", "avx512"] {
         assert_eq!(Level::named(name).is_ok(), names.contains(&name), "{name}");
+    }
+}
+
+#[test]
+fn every_item_is_worked_on_once() {
+    for (items, threads) in [(0, 2), (1, 3), (2, 2), (7, 2), (16, 3), (17, 5), (100, 7)] {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let seen: Vec<_> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+        pool.install(|| each((0..items).collect(), |i: usize| drop(seen[i].fetch_add(1, Ordering::Relaxed))));
+        assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{items} items, {threads} threads");
     }
 }
