@@ -107,7 +107,10 @@ fn every_item_is_worked_on_once() {
     for (items, threads) in [(0, 2), (1, 3), (2, 2), (7, 2), (16, 3), (17, 5), (100, 7)] {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         let seen: Vec<_> = (0..items).map(|_| AtomicUsize::new(0)).collect();
-        pool.install(|| each((0..items).collect(), |i: usize| drop(seen[i].fetch_add(1, Ordering::Relaxed))));
+        let count = |i: usize| {
+            seen[i].fetch_add(1, Ordering::Relaxed);
+        };
+        pool.install(|| each((0..items).collect(), count));
         assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{items} items, {threads} threads");
     }
 }
