@@ -354,7 +354,8 @@ fn what_is_not_finite_stays_in_its_set() {
 
 #[test]
 fn far_from_zero() {
-    for (mean, std) in [(1e4, 1.0), (1e3, 0.1)] {
+    // In the last, what a mean rounded to f32 leaves behind is a few percent of the deviation.
+    for (mean, std) in [(1e4, 1.0), (1e3, 0.1), (1e4, 0.01)] {
         // A few elements may by chance lie closer together than f32 can tell apart.
         for g in small().into_iter().filter(|g| g.set_len() > 40) {
             let c = Case::<f32>::new(g, mean, std);
