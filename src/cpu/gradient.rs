@@ -81,9 +81,7 @@ impl<A: Float> Slope<A> {
         let shift = -(rstd * means.g) - slope * stat.low;
         Slope { high: stat.high, rstd, slope, shift, low: stat.low }
     }
-}
 
-impl<A: Float> Slope<A> {
     #[inline(always)]
     pub fn splat<S: Simd>(self) -> Slope<A::V<S>> {
         Slope {

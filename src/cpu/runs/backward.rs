@@ -65,7 +65,6 @@ impl<T: Element> Kernel for Backward<'_, T> {
         }
         match (params.form, Lines::of(g, params.form, tile)) {
             (Form::Columns, Some(lines)) => self.lines::<S>(lines),
-            (Form::Spans(span), Some(lines)) => self.span_lines::<S>(lines, span),
             (Form::Columns, None) => self.by_columns::<S>(),
             _ => self.by_spans::<S>(),
         }

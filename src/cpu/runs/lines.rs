@@ -6,8 +6,8 @@
 
 use super::backward::{Backward, Input};
 use super::{moments, pivot, Forward, Part};
-use crate::cpu::element::{Element, Float, PANEL, V};
-use crate::cpu::gradient::{Means, MeansFrom, Slope, Sums};
+use crate::cpu::element::{Element, Float, V};
+use crate::cpu::gradient::{MeansFrom, Slope};
 use crate::cpu::moments::{Source, Stat};
 use crate::cpu::params::Form;
 use crate::cpu::streams::{self, pairwise, ABREAST};
@@ -20,7 +20,6 @@ use std::ops::Range;
 const SHORT: usize = 1024;
 
 /// The sets of a tile of whole runs.
-#[derive(Clone)]
 pub(super) struct Lines {
     /// Elements of a set.
     pub n: usize,
@@ -232,70 +231,6 @@ impl<T: Element> Backward<'_, T> {
         if let Some(slots) = &mut self.slots {
             streams::add_columns::<S, T, R>(x, dy, slopes, [slots.weight, slots.bias]);
         }
-    }
-}
-
-impl<T: Element> Backward<'_, T> {
-    /// Group and instance norm: the sums of a set's spans, then their dx.
-    #[inline(always)]
-    pub(super) fn span_lines<S: Simd>(&mut self, lines: Lines, span: usize) {
-        let Input { g, x, dy, params, tile, .. } = self.input;
-        let (n, spo) = (lines.n, g.sets_per_outer());
-        let first = tile.columns.start / span;
-        for set in lines.sets.clone() {
-            let at = set * n..(set + 1) * n;
-            let (x, dy) = (&x[at.clone()], &dy[at.clone()]);
-            let p = set % spo * (n / span);
-            let s = match (self.means, &self.slots) {
-                (MeansFrom::Given(_), _) | (MeansFrom::Fixed, None) => self.slope::<S>(&lines.part(g, set)),
-                _ => self.span_sums::<S>([x, dy], set, p, first, span),
-            };
-            let Some(dx) = &mut self.dx else { continue };
-            for (k, (x, dy)) in x.chunks_exact(span).zip(dy.chunks_exact(span)).enumerate() {
-                let to = dx.rows(at.start + k * span..at.start + (k + 1) * span);
-                streams::gradient::<S, T>([x, dy], s, s.rstd * params.weight(p + k), to, n);
-            }
-        }
-    }
-
-    /// Adds the sums of a set's parameters, the first of which is `p`, to the slots, which start at `first`.
-    #[inline(always)]
-    fn span_sums<S: Simd>(
-        &mut self,
-        [x, dy]: [&[T]; 2],
-        set: usize,
-        p: usize,
-        first: usize,
-        span: usize,
-    ) -> Slope<T::Acc> {
-        let input = &self.input;
-        let stat = input.stats.of(set);
-        let rstd = stat.rstd(input.eps);
-        let high = V::<S, T>::splat(stat.high);
-        let panel = PANEL * V::<S, T>::W;
-        let mut sums = Sums::default();
-        for (k, (x, dy)) in x.chunks_exact(span).zip(dy.chunks_exact(span)).enumerate() {
-            let mut own = Sums::default();
-            for (x, dy) in x.chunks(panel).zip(dy.chunks(panel)) {
-                let mut dots = [streams::Sum::<S, T::Acc>::zero(), streams::Sum::zero()];
-                streams::add_dots(&mut dots, x, dy, None, high);
-                let [g, gx] = dots;
-                own.g += g.total().to64();
-                own.gx += gx.total().to64();
-            }
-            let weight = input.params.weight(p + k).to64();
-            sums.g += own.g * weight;
-            sums.gx += own.gx * weight;
-            if let Some(slots) = &mut self.slots {
-                slots.weight[p + k - first] += T::Acc::from64(own.dot(stat, rstd));
-                slots.bias[p + k - first] += T::Acc::from64(own.g);
-            }
-        }
-        let means = match self.means {
-            MeansFrom::Fixed => Means::ZERO,
-            _ => Means::of(sums, stat, rstd, input.g.center, input.g.set_len() as f64),
-        };
-        Slope::of(stat, rstd, means)
     }
 }
 
