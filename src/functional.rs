@@ -21,8 +21,8 @@
 //! `momentum` outside `0..=1`, statistics that are not contiguous or lie in another argument's memory.
 
 use crate::autograd::{normalize, Shared, Source, Synchronized};
-use crate::call::{Norm, Running};
 use crate::geometry::{self, Channels, Placed};
+use crate::request::{Norm, Running};
 use candle_core::{bail, Result, Tensor, Var};
 
 /// Batch normalization of `[N, C, ..]` over every dimension but the channels.
@@ -315,7 +315,7 @@ fn apply(
         Some(placed) => (input.clone(), placed),
         None => dense(name, input, place)?,
     };
-    let norm = Norm { name, geometry: placed.geometry, eps };
+    let norm = Norm::new(name, placed.geometry, eps);
     match placed.order {
         None => normalize(norm, &input, weight, bias, source),
         Some(order) => {

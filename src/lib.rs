@@ -54,17 +54,21 @@
 #![deny(unsafe_code, missing_docs)]
 
 mod autograd;
-mod call;
-// With the emulation, CPU tensors run through the CUDA kernels instead.
 #[cfg_attr(feature = "cuda-emulation", allow(dead_code))]
 mod cpu;
 #[cfg(any(feature = "cuda", feature = "cuda-emulation"))]
 pub mod cuda;
 pub mod distributed;
 pub mod functional;
+#[allow(dead_code)] // until the fused functions make them all
+mod fusion;
 mod geometry;
+#[allow(dead_code)] // until the fused functions make them all
+mod kernels;
 mod layers;
 pub mod ops;
+#[allow(dead_code)] // until the fused functions make them all
+mod request;
 
 pub use layers::batch_norm::{batch_norm, batch_norm1d, batch_norm2d, batch_norm3d};
 pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions};

@@ -7,6 +7,7 @@
 //! `x - mean` exact to the last bit where a mean rounded to f32 would not (mean 1e4, std 1: 5e-4).
 //! `var` is biased. RMS norm has `mean = mean_low = 0` and the mean square as `var`.
 
+use crate::fusion::Fusion;
 use crate::geometry::Geometry;
 use candle_core::{DType, Layout, Result, Tensor, Var};
 
@@ -40,6 +41,33 @@ pub(crate) struct Norm {
     pub name: &'static str,
     pub geometry: Geometry,
     pub eps: f64,
+    pub fusion: Fusion,
+    /// Where the blocks of x lie, if not one behind the other; everything else is contiguous.
+    pub x_blocks: Option<Blocks>,
+}
+
+impl Norm {
+    /// A norm with nothing around it, over a contiguous x.
+    pub fn new(name: &'static str, geometry: Geometry, eps: f64) -> Self {
+        Self { name, geometry, eps, fusion: Fusion::default(), x_blocks: None }
+    }
+
+    /// Length of the weight and of the bias, of all samples where each has its own.
+    pub fn params(&self) -> usize {
+        let sets =
+            self.fusion.tokens.map_or(1, |tokens| self.geometry.outer.checked_div(tokens).unwrap_or(0));
+        sets * self.geometry.params()
+    }
+}
+
+/// Where the blocks (`outer`) of an x lie that is not contiguous as a whole, for geometries of one row a
+/// block: block `o`, counted through `dims` from the last on, starts at the sum of index times stride.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Blocks {
+    /// Outermost first, 1 where there is none; their product is `outer`.
+    pub dims: [usize; 4],
+    /// In elements.
+    pub strides: [usize; 4],
 }
 
 /// Statistics that do not come from the input, each `[sets]`, of any of the four dtypes: the running
@@ -56,12 +84,35 @@ pub(crate) struct Forward<'a, S> {
     pub x: Arg<'a, S>,
     pub weight: Option<Arg<'a, S>>,
     pub bias: Option<Arg<'a, S>>,
+    /// Added to x before anything else, of x's shape and any of the four dtypes; the rounded sum is wanted back.
+    pub residual: Option<Arg<'a, S>>,
+    /// Added to `xhat * weight + bias`, of x's shape and dtype.
+    pub skip: Option<Arg<'a, S>>,
+    /// What `fusion.gate` places, of x's shape and dtype.
+    pub gate: Option<Arg<'a, S>>,
     /// Statistics to normalize with instead of the input's own.
     pub given: Option<Given<'a, S>>,
     /// Whether the caller wants the statistics `[3, sets]` back (given ones as a snapshot).
     pub keep: bool,
     /// Running statistics to move once nothing can fail any more.
     pub running: Option<&'a Running>,
+}
+
+impl<'a, S> Forward<'a, S> {
+    /// With nothing but x.
+    pub fn new(norm: Norm, x: Arg<'a, S>) -> Self {
+        let (weight, bias, residual, skip, gate) = (None, None, None, None, None);
+        Self { norm, x, weight, bias, residual, skip, gate, given: None, keep: false, running: None }
+    }
+}
+
+/// What `forward` returns.
+pub(crate) struct Normed<S> {
+    pub y: S,
+    /// `[3, sets]`, if the call keeps them.
+    pub stats: Option<S>,
+    /// `x + residual`, rounded to the residual's dtype, if the call has a residual.
+    pub sum: Option<S>,
 }
 
 /// Arguments of `backward`, `gradient_sums` and `input_gradient`.
@@ -71,18 +122,34 @@ pub(crate) struct Backward<'a, S> {
     /// Gradient of the output, contiguous in the geometry's order, of the input's dtype.
     pub dy: Arg<'a, S>,
     pub weight: Option<Arg<'a, S>>,
+    /// For fusions whose gradients depend on z: an activation, a gate behind the norm.
+    pub bias: Option<Arg<'a, S>>,
+    pub skip: Option<Arg<'a, S>>,
+    pub gate: Option<Arg<'a, S>>,
     pub stats: Arg<'a, S>,
     /// The statistics did not depend on x (evaluation): `dx = dy * weight * rstd`.
     pub fixed: bool,
     pub want: Want,
 }
 
+impl<'a, S> Backward<'a, S> {
+    /// Without parameters, and with no gradient wanted.
+    pub fn new(norm: Norm, x: Arg<'a, S>, dy: Arg<'a, S>, stats: Arg<'a, S>) -> Self {
+        let (weight, bias, skip, gate) = (None, None, None, None);
+        Self { norm, x, dy, weight, bias, skip, gate, stats, fixed: false, want: Want::default() }
+    }
+}
+
 /// Which gradients somebody tracks, and the dtypes they must have.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Want {
     pub dx: bool,
     pub dweight: Option<DType>,
     pub dbias: Option<DType>,
+    /// Of x's dtype.
+    pub dskip: bool,
+    /// Of x's dtype.
+    pub dgate: bool,
 }
 
 /// What `backward` returns; `None` where nobody asked.
@@ -90,6 +157,8 @@ pub(crate) struct Gradients<S> {
     pub dx: Option<S>,
     pub dweight: Option<S>,
     pub dbias: Option<S>,
+    pub dskip: Option<S>,
+    pub dgate: Option<S>,
 }
 
 /// Running statistics of batch and instance norm, moved towards the batch's within the forward.

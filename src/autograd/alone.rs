@@ -5,8 +5,8 @@
 //! only be seen without them.
 
 use super::op::{attach, NormOp, Source};
-use crate::call::Norm;
 use crate::geometry::{self, Channels};
+use crate::request::Norm;
 use candle_core::{bail, Result, Tensor};
 
 /// Which norm, over a contiguous input.
@@ -52,7 +52,7 @@ impl Alone {
             Some(placed) if placed.order.is_none() => placed.geometry,
             _ => bail!("alone: input has strides {stride:?}, expected a contiguous one"),
         };
-        let norm = Norm { name: "alone", geometry, eps };
+        let norm = Norm::new("alone", geometry, eps);
         let new = || NormOp::new(norm, x, weight, bias, Source::Input(None));
         // The op that goes into the graph fills the cell that both share.
         let (graph, mut op) = (new(), new());

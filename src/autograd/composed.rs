@@ -3,8 +3,8 @@
 //! Slower than the kernels, and differentiable any number of times: it serves second-order gradients
 //! (`CANDLE_GRAD_DO_NOT_DETACH=1`) and devices that have no kernels of ours (Metal).
 
-use crate::call::{accumulation_dtype, Norm};
 use crate::geometry::{Affine, Geometry};
+use crate::request::{accumulation_dtype, Norm};
 use candle_core::{Result, Tensor};
 
 /// x as `[outer, rows, width / run, run]` in the accumulation dtype: a set is `[o, :, q, :]`.

@@ -1,70 +1,12 @@
 //! Which kernels run for a storage: the one switch between the CPU and CUDA.
 //!
-//! The kernels of both sides take the same calls (`call.rs`) and return the same results, so what is
+//! The kernels of both sides take the same calls (`request.rs`) and return the same results, so what is
 //! above this file never asks for a device.
 
-use crate::call::{Arg, Backward, Forward, Gradients, Norm, Want};
-#[cfg(not(feature = "cuda-emulation"))]
-use crate::cpu as host;
-#[cfg(feature = "cuda")]
-use crate::cuda;
-#[cfg(feature = "cuda-emulation")]
-use crate::cuda::emulation as host;
+use crate::kernels::Kernels;
+use crate::request::{Arg, Backward, Gradients, Norm, Want};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, StorageRef, Tensor};
-
-/// The memory of a device, and the kernels that run on it.
-pub(crate) trait Kernels: Sized {
-    fn wrap(self) -> Storage;
-    fn unwrap(storage: &Storage) -> Option<&Self>;
-    fn forward(call: Forward<Self>) -> Result<(Self, Option<Self>)>;
-    fn backward(call: Backward<Self>) -> Result<Gradients<Self>>;
-    fn statistics(norm: Norm, x: Arg<Self>) -> Result<Self>;
-    fn gradient_sums(call: Backward<Self>) -> Result<Self>;
-    fn input_gradient(call: Backward<Self>, sums: Arg<Self>, count: f64) -> Result<Self>;
-}
-
-/// A device side: the functions of `$side` over its storage.
-macro_rules! kernels {
-    ($storage:ty, $variant:ident, $side:ident) => {
-        impl Kernels for $storage {
-            fn wrap(self) -> Storage {
-                Storage::$variant(self)
-            }
-
-            fn unwrap(storage: &Storage) -> Option<&Self> {
-                match storage {
-                    Storage::$variant(storage) => Some(storage),
-                    _ => None,
-                }
-            }
-
-            fn forward(call: Forward<Self>) -> Result<(Self, Option<Self>)> {
-                $side::forward(call)
-            }
-
-            fn backward(call: Backward<Self>) -> Result<Gradients<Self>> {
-                $side::backward(call)
-            }
-
-            fn statistics(norm: Norm, x: Arg<Self>) -> Result<Self> {
-                $side::statistics(norm, x)
-            }
-
-            fn gradient_sums(call: Backward<Self>) -> Result<Self> {
-                $side::gradient_sums(call)
-            }
-
-            fn input_gradient(call: Backward<Self>, sums: Arg<Self>, count: f64) -> Result<Self> {
-                $side::input_gradient(call, sums, count)
-            }
-        }
-    };
-}
-
-kernels!(CpuStorage, Cpu, host);
-#[cfg(feature = "cuda")]
-kernels!(candle_core::CudaStorage, Cuda, cuda);
 
 /// Runs `$run::<S>` for the storage that a tensor on `$device` has.
 macro_rules! on_device {
@@ -112,13 +54,10 @@ impl BackwardTensors<'_> {
         let stats = self.stats.storage_and_layout();
         let weight = self.weight.map(|w| w.storage_and_layout());
         run(Backward {
-            norm: self.norm,
-            x: arg(&x)?,
-            dy: arg(&dy)?,
             weight: weight.as_ref().map(arg).transpose()?,
-            stats: arg(&stats)?,
             fixed: self.fixed,
             want: self.want,
+            ..Backward::new(self.norm, arg(&x)?, arg(&dy)?, arg(&stats)?)
         })
     }
 }
@@ -134,6 +73,8 @@ pub(crate) fn backward(t: BackwardTensors) -> Result<Gradients<Tensor>> {
         dx: gradients.dx.map(|s| tensor(s, t.x.dims())),
         dweight: gradients.dweight.map(|s| tensor(s, &params)),
         dbias: gradients.dbias.map(|s| tensor(s, &params)),
+        dskip: gradients.dskip.map(|s| tensor(s, t.x.dims())),
+        dgate: gradients.dgate.map(|s| tensor(s, t.x.dims())),
     })
 }
 
@@ -167,7 +108,13 @@ pub(crate) fn input_gradient(t: &BackwardTensors, sums: &Tensor, count: f64) -> 
 
 impl<S> Gradients<S> {
     fn map<T>(self, f: impl Fn(S) -> T) -> Gradients<T> {
-        Gradients { dx: self.dx.map(&f), dweight: self.dweight.map(&f), dbias: self.dbias.map(&f) }
+        Gradients {
+            dx: self.dx.map(&f),
+            dweight: self.dweight.map(&f),
+            dbias: self.dbias.map(&f),
+            dskip: self.dskip.map(&f),
+            dgate: self.dgate.map(&f),
+        }
     }
 }
 

@@ -4,9 +4,10 @@
 //! forward to backward in a cell that is filled once and never emptied: a graph may be walked twice.
 
 use super::composed;
-use super::device::{self, BackwardTensors, Kernels};
+use super::device::{self, BackwardTensors};
 use super::sync::{self, Merged, Shared};
-use crate::call::{accumulation_dtype, Arg, Forward, Given, Norm, Running, Want};
+use crate::kernels::Kernels;
+use crate::request::{accumulation_dtype, Arg, Forward, Given, Norm, Normed, Running, Want};
 use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
 use candle_core::{CustomOp1, CustomOp2, CustomOp3};
 use std::sync::{Arc, OnceLock};
@@ -165,14 +166,13 @@ impl NormOp {
             (None, Some(stats)) => Some(rows(device::arg(stats)?, stats.1)?),
             (None, None) => None,
         };
-        let (y, stats) = S::forward(Forward {
-            norm: self.norm,
-            x: arg(x),
+        let Normed { y, stats, .. } = S::forward(Forward {
             weight: weight.map(arg),
             bias: bias.map(arg),
             given,
             keep: self.keep && merged.is_none(),
             running: self.moves(),
+            ..Forward::new(self.norm, arg(x))
         })?;
         self.save(stats.map(S::wrap));
         Ok((y, x.1.shape().clone()))
@@ -228,6 +228,7 @@ impl NormOp {
                 dx: x.track_op(),
                 dweight: wanted(weight).map(|t| t.dtype()),
                 dbias: wanted(bias).map(|t| t.dtype()),
+                ..Want::default()
             };
             let gradients = self.kernel_backward(x, weight, dy, want)?;
             (gradients.dx, gradients.dweight, gradients.dbias)
@@ -248,7 +249,7 @@ impl NormOp {
         weight: Option<&Tensor>,
         dy: &Tensor,
         want: Want,
-    ) -> Result<crate::call::Gradients<Tensor>> {
+    ) -> Result<crate::request::Gradients<Tensor>> {
         device::backward(BackwardTensors {
             norm: self.norm,
             x: &x.detach(),

@@ -13,8 +13,8 @@
 
 use super::device::{self, BackwardTensors};
 use super::op::{normalize, Source};
-use crate::call::{accumulation_dtype, Norm, Running};
 use crate::distributed::ProcessGroup;
+use crate::request::{accumulation_dtype, Norm, Running};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
 
@@ -215,7 +215,7 @@ impl Merged {
             weight,
             stats: &self.stats,
             fixed: false,
-            want: crate::call::Want { dx: tracked, dweight: None, dbias: None },
+            want: crate::request::Want { dx: tracked, ..Default::default() },
         };
         let empty = x.elem_count() == 0;
         let sums = if empty {

@@ -12,8 +12,8 @@ use super::runs::backward::Input;
 use super::tile::{Cut, Tile, Walk};
 use super::work::{each, split};
 use super::{columns, runs};
-use crate::call::{Arg, Backward, Gradients};
 use crate::geometry::Geometry;
+use crate::request::{Arg, Backward, Gradients};
 use candle_core::{bail, CpuStorage, DType, Result};
 use std::borrow::Cow;
 
@@ -62,6 +62,8 @@ pub(super) fn backward<T: Element>(
         dweight: call.want.dweight.map(|dtype| stored(weight, dtype)).transpose()?,
         dbias: call.want.dbias.map(|dtype| stored(bias, dtype)).transpose()?,
         dx: dx.map(T::to_cpu_storage_owned),
+        dskip: None,
+        dgate: None,
     })
 }
 

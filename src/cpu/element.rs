@@ -189,7 +189,7 @@ fn narrow_f16(x: f32) -> u16 {
 /// `len` values of a parameter or statistics argument in the accumulation type; borrowed if they are
 /// of it already.
 pub(super) fn converted<'a, A: Float>(
-    arg: &crate::call::Arg<'a, CpuStorage>,
+    arg: &crate::request::Arg<'a, CpuStorage>,
     len: usize,
 ) -> Result<Cow<'a, [A]>> {
     fn wide<T: Element, A: Float>(x: &[T]) -> Vec<A> {

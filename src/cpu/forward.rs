@@ -9,7 +9,7 @@ use super::params::Params;
 use super::tile::{Cut, Tile, Walk};
 use super::work::{each, split};
 use super::{columns, runs};
-use crate::call::{Arg, Forward, Given, Norm};
+use crate::request::{Arg, Forward, Given, Norm};
 use candle_core::{CpuStorage, Result};
 
 /// Output and, if the call wants them or has running statistics to move, the statistics.

@@ -22,12 +22,17 @@ mod tile;
 mod vector;
 mod work;
 
-use crate::call::{Arg, Backward, Forward, Gradients, Norm};
-use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, DType, Result, WithDType};
-use half::{bf16, f16};
-use level::Level;
+#[cfg(not(feature = "cuda-emulation"))]
+use {
+    crate::fusion::Fusion,
+    crate::request::{Arg, Backward, Forward, Gradients, Norm, Normed},
+    candle_core::backend::BackendStorage,
+    candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType},
+    half::{bf16, f16},
+    level::Level,
+};
 
+#[cfg(not(feature = "cuda-emulation"))]
 /// Evaluates `$body` with `$T` the element type of `$x`.
 macro_rules! by_dtype {
     ($norm:expr, $x:expr, |$T:ident| $body:expr) => {
@@ -53,53 +58,61 @@ macro_rules! by_dtype {
     };
 }
 
-/// The output, and the statistics if `keep` asks for them.
-pub(crate) fn forward(call: Forward<CpuStorage>) -> Result<(CpuStorage, Option<CpuStorage>)> {
-    let level = Level::current()?;
-    by_dtype!(call.norm, call.x, |T| {
-        let (y, stats) = forward::forward::<T>(level, &call)?;
-        if let (Some(running), Some(stats)) = (call.running, &stats) {
-            running::update(&call.norm, moments::Stats(stats), running)?;
+// With the emulation, CPU tensors run through the CUDA kernels instead.
+#[cfg(not(feature = "cuda-emulation"))]
+impl crate::kernels::Kernels for CpuStorage {
+    fn fuses(norm: &Norm) -> bool {
+        norm.fusion == Fusion::default() && norm.x_blocks.is_none()
+    }
+
+    fn wrap(self) -> Storage {
+        Storage::Cpu(self)
+    }
+
+    fn unwrap(storage: &Storage) -> Option<&Self> {
+        match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
         }
-        let stats = stats.filter(|_| call.keep).map(WithDType::to_cpu_storage_owned);
-        Ok((T::to_cpu_storage_owned(y), stats))
-    })
-}
+    }
 
-/// The gradients that the call wants.
-pub(crate) fn backward(call: Backward<CpuStorage>) -> Result<Gradients<CpuStorage>> {
-    let level = Level::current()?;
-    by_dtype!(call.norm, call.x, |T| backward::backward::<T>(level, &call))
-}
+    fn forward(call: Forward<Self>) -> Result<Normed<Self>> {
+        let level = Level::current()?;
+        by_dtype!(call.norm, call.x, |T| {
+            let (y, stats) = forward::forward::<T>(level, &call)?;
+            if let (Some(running), Some(stats)) = (call.running, &stats) {
+                running::update(&call.norm, moments::Stats(stats), running)?;
+            }
+            let stats = stats.filter(|_| call.keep).map(WithDType::to_cpu_storage_owned);
+            Ok(Normed { y: T::to_cpu_storage_owned(y), stats, sum: None })
+        })
+    }
 
-// The steps of batch norm on their own, for SyncBatchNorm to put a collective between.
+    fn backward(call: Backward<Self>) -> Result<Gradients<Self>> {
+        let level = Level::current()?;
+        by_dtype!(call.norm, call.x, |T| backward::backward::<T>(level, &call))
+    }
 
-/// The input's own statistics, `[3, sets]`.
-pub(crate) fn statistics(norm: Norm, x: Arg<CpuStorage>) -> Result<CpuStorage> {
-    let level = Level::current()?;
-    by_dtype!(norm, x, |T| {
-        let stats = forward::statistics::<T>(level, &norm, &x)?;
-        Ok(WithDType::to_cpu_storage_owned(stats))
-    })
-}
+    fn statistics(norm: Norm, x: Arg<Self>) -> Result<Self> {
+        let level = Level::current()?;
+        by_dtype!(norm, x, |T| {
+            let stats = forward::statistics::<T>(level, &norm, &x)?;
+            Ok(WithDType::to_cpu_storage_owned(stats))
+        })
+    }
 
-/// Sums over each set of `dy` and of `dy * xhat`, `[2, sets]`, for norms with one parameter a set.
-pub(crate) fn gradient_sums(call: Backward<CpuStorage>) -> Result<CpuStorage> {
-    let level = Level::current()?;
-    by_dtype!(call.norm, call.x, |T| {
-        let sums = backward::gradient_sums::<T>(level, &call)?;
-        Ok(WithDType::to_cpu_storage_owned(sums))
-    })
-}
+    fn gradient_sums(call: Backward<Self>) -> Result<Self> {
+        let level = Level::current()?;
+        by_dtype!(call.norm, call.x, |T| {
+            let sums = backward::gradient_sums::<T>(level, &call)?;
+            Ok(WithDType::to_cpu_storage_owned(sums))
+        })
+    }
 
-/// `dx` from the sums of `gradient_sums` over `count` elements a set, some of them elsewhere.
-pub(crate) fn input_gradient(
-    call: Backward<CpuStorage>,
-    sums: Arg<CpuStorage>,
-    count: f64,
-) -> Result<CpuStorage> {
-    let level = Level::current()?;
-    by_dtype!(call.norm, call.x, |T| {
-        Ok(T::to_cpu_storage_owned(backward::input_gradient::<T>(level, &call, &sums, count)?))
-    })
+    fn input_gradient(call: Backward<Self>, sums: Arg<Self>, count: f64) -> Result<Self> {
+        let level = Level::current()?;
+        by_dtype!(call.norm, call.x, |T| {
+            Ok(T::to_cpu_storage_owned(backward::input_gradient::<T>(level, &call, &sums, count)?))
+        })
+    }
 }

@@ -2,8 +2,8 @@
 
 use super::element::{converted, Float};
 use super::tile::Walk;
-use crate::call::Arg;
 use crate::geometry::{Affine, Geometry};
+use crate::request::Arg;
 use candle_core::{CpuStorage, Result};
 use std::borrow::Cow;
 

@@ -2,7 +2,7 @@
 
 use super::element::Float;
 use super::moments::{Stat, Stats};
-use crate::call::{Norm, Running};
+use crate::request::{Norm, Running};
 use candle_core::{DType, Device, Result, Tensor, Var};
 
 /// `running = (1 - momentum) * running + momentum * batch`, the batch's averaged over `outer`.

@@ -9,7 +9,7 @@ use super::entry::Entry;
 use super::machine::{Machine, RunningAddresses};
 use super::params::Params;
 use super::plan::{DeviceProperties, Launch};
-use crate::call::{Arg, Backward, Forward, Gradients, Norm, Running};
+use crate::request::{Arg, Running};
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, Tensor, Var};
@@ -63,7 +63,7 @@ impl Emulated {
 }
 
 /// The machine that the environment asks for.
-fn machine() -> Result<Emulated> {
+pub(super) fn machine() -> Result<Emulated> {
     static CAPABILITY: OnceLock<String> = OnceLock::new();
     let capability = CAPABILITY
         .get_or_init(|| std::env::var("CANDLE_NORM_EMULATED_SM").unwrap_or_else(|_| "90".to_string()));
@@ -72,8 +72,6 @@ fn machine() -> Result<Emulated> {
         Err(_) => bail!("CANDLE_NORM_EMULATED_SM: got {capability:?}, expected 70, 80 or 90"),
     }
 }
-
-super::ops!(CpuStorage, |_x| machine()?);
 
 /// Runs `$body` with `$values` bound to the elements of `$storage`.
 macro_rules! on_values {

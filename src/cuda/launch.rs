@@ -19,7 +19,7 @@ use super::entry::{module::Module, Entry};
 use super::machine::{Machine, RunningAddresses};
 use super::params::Params;
 use super::plan::{DeviceProperties, Launch};
-use crate::call::{Arg, Running};
+use crate::request::{Arg, Running};
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{result, sys};
 use candle_core::cuda_backend::cudarc::driver::{

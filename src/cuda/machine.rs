@@ -23,7 +23,7 @@
 
 use super::params::Params;
 use super::plan::{DeviceProperties, Launch};
-use crate::call::{Arg, Running};
+use crate::request::{Arg, Running};
 use candle_core::{DType, Result};
 
 /// Addresses of a channel's running statistics, and their dtypes.

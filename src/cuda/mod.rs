@@ -12,67 +12,68 @@ mod machine;
 mod params;
 mod plan;
 
-use crate::call::{accumulation_dtype, Arg, Backward, Forward, Gradients, Norm};
-use candle_core::{DType, Result};
+use crate::request::{accumulation_dtype, Arg, Backward, Forward, Gradients, Norm, Normed};
+use candle_core::{DType, Result, Storage};
 use entry::Element;
 use machine::{Machine, RunningAddresses};
 use params::Params;
 use plan::{BackwardNeeds, ForwardNeeds, Plan, Request};
 
-/// Defines the ops of a machine's storage: what `crate::cpu` has for the CPU's.
-macro_rules! ops {
-    ($storage:ty, |$of:ident| $machine:expr) => {
-        pub(crate) fn forward(call: Forward<'_, $storage>) -> Result<($storage, Option<$storage>)> {
-            let $of = call.x.storage;
-            $crate::cuda::run_forward(&$machine, call)
-        }
+/// The ops of a machine's storage.
+macro_rules! kernels {
+    ($storage:ty, $variant:ident, |$of:ident| $machine:expr) => {
+        impl $crate::kernels::Kernels for $storage {
+            fn fuses(norm: &Norm) -> bool {
+                norm.fusion == $crate::fusion::Fusion::default() && norm.x_blocks.is_none()
+            }
 
-        pub(crate) fn backward(call: Backward<'_, $storage>) -> Result<Gradients<$storage>> {
-            let $of = call.x.storage;
-            $crate::cuda::run_backward(&$machine, call)
-        }
+            fn wrap(self) -> Storage {
+                Storage::$variant(self)
+            }
 
-        #[allow(dead_code)] // synchronized batch norm's
-        pub(crate) fn statistics(norm: Norm, x: Arg<'_, $storage>) -> Result<$storage> {
-            let $of = x.storage;
-            $crate::cuda::run_statistics(&$machine, norm, x)
-        }
+            fn unwrap(storage: &Storage) -> Option<&Self> {
+                match storage {
+                    Storage::$variant(storage) => Some(storage),
+                    _ => None,
+                }
+            }
 
-        #[allow(dead_code)] // synchronized batch norm's
-        pub(crate) fn gradient_sums(call: Backward<'_, $storage>) -> Result<$storage> {
-            let $of = call.x.storage;
-            $crate::cuda::run_gradient_sums(&$machine, call)
-        }
+            fn forward(call: Forward<Self>) -> Result<Normed<Self>> {
+                let $of = call.x.storage;
+                $crate::cuda::run_forward(&$machine, call)
+            }
 
-        #[allow(dead_code)] // synchronized batch norm's
-        pub(crate) fn input_gradient(
-            call: Backward<'_, $storage>,
-            sums: Arg<'_, $storage>,
-            count: f64,
-        ) -> Result<$storage> {
-            let $of = call.x.storage;
-            $crate::cuda::run_input_gradient(&$machine, call, sums, count)
+            fn backward(call: Backward<Self>) -> Result<Gradients<Self>> {
+                let $of = call.x.storage;
+                $crate::cuda::run_backward(&$machine, call)
+            }
+
+            fn statistics(norm: Norm, x: Arg<Self>) -> Result<Self> {
+                let $of = x.storage;
+                $crate::cuda::run_statistics(&$machine, norm, x)
+            }
+
+            fn gradient_sums(call: Backward<Self>) -> Result<Self> {
+                let $of = call.x.storage;
+                $crate::cuda::run_gradient_sums(&$machine, call)
+            }
+
+            fn input_gradient(call: Backward<Self>, sums: Arg<Self>, count: f64) -> Result<Self> {
+                let $of = call.x.storage;
+                $crate::cuda::run_input_gradient(&$machine, call, sums, count)
+            }
         }
     };
 }
 
 #[cfg(feature = "cuda-emulation")]
-use ops;
-
-#[cfg(feature = "cuda-emulation")]
 pub(crate) mod emulation;
 
-#[cfg(feature = "cuda")]
-mod device {
-    use super::launch;
-    use crate::call::{Arg, Backward, Forward, Gradients, Norm};
-    use candle_core::Result;
+#[cfg(feature = "cuda-emulation")]
+kernels!(candle_core::CpuStorage, Cpu, |_x| emulation::machine()?);
 
-    ops!(candle_core::CudaStorage, |x| launch::machine(&x.device)?);
-}
 #[cfg(feature = "cuda")]
-#[allow(unused_imports)] // the steps of batch norm are synchronized batch norm's
-pub(crate) use device::{backward, forward, gradient_sums, input_gradient, statistics};
+kernels!(candle_core::CudaStorage, Cuda, |x| launch::machine(&x.device)?);
 
 /// Loads every kernel onto `device`; does nothing for a device that is not a CUDA device.
 ///
@@ -151,10 +152,7 @@ fn run<M: Machine>(machine: &M, plan: &Plan, at: &Params) -> Result<()> {
     plan.launches.iter().try_for_each(|launch| machine.launch(launch, &params))
 }
 
-fn run_forward<M: Machine>(
-    machine: &M,
-    call: Forward<M::Storage>,
-) -> Result<(M::Storage, Option<M::Storage>)> {
+fn run_forward<M: Machine>(machine: &M, call: Forward<M::Storage>) -> Result<Normed<M::Storage>> {
     let norm = &call.norm;
     let mut bound = Bound::new(machine, norm, &call.x)?;
     bound.weight(machine, norm.name, call.weight.as_ref())?;
@@ -193,7 +191,7 @@ fn run_forward<M: Machine>(
     })?;
     machine.written(&mut out)?;
     stats.iter_mut().try_for_each(|stats| machine.written(stats))?;
-    Ok((out, stats))
+    Ok(Normed { y: out, stats, sum: None })
 }
 
 fn run_statistics<M: Machine>(machine: &M, norm: Norm, x: Arg<M::Storage>) -> Result<M::Storage> {
@@ -242,7 +240,7 @@ fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<G
     run(machine, &plan, &bound.at)?;
     let all = [&mut dx, &mut dweight, &mut dbias];
     all.into_iter().flatten().try_for_each(|gradient| machine.written(gradient))?;
-    Ok(Gradients { dx, dweight, dbias })
+    Ok(Gradients { dx, dweight, dbias, dskip: None, dgate: None })
 }
 
 fn run_gradient_sums<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<M::Storage> {

@@ -1,11 +1,11 @@
 //! Forward and backward at every level against the oracle.
 
 use super::oracle;
-use crate::call::{Arg, Backward, Forward, Norm, Want};
 use crate::cpu::element::Element;
 use crate::cpu::level::Level;
 use crate::cpu::{backward, forward};
 use crate::geometry::{Affine, Geometry};
+use crate::request::{Arg, Backward, Forward, Norm, Want};
 use candle_core::{CpuStorage, DType, Result, WithDType};
 use half::{bf16, f16};
 use rand::{rngs::StdRng, Rng, SeedableRng};
@@ -113,20 +113,13 @@ impl<T: Element> Case<T> {
         let (dy, edy) = random::<T>(rng, geometry.elements(), 0.1, 1.0);
         let (w, ew) = random::<P>(rng, geometry.params(), 1.0, 0.3);
         let (b, eb) = random::<P>(rng, geometry.params(), 0.2, 0.5);
-        let norm = Norm { name: "test", geometry, eps: EPS };
+        let norm = Norm::new("test", geometry, EPS);
         Case { norm, x, dy, w, b, exact: [ex, edy, ew, eb], t: std::marker::PhantomData }
     }
 
     fn forward(&self, level: Level) -> (Vec<T>, Vec<T::Acc>) {
-        let call = Forward {
-            norm: self.norm,
-            x: arg(&self.x),
-            weight: Some(arg(&self.w)),
-            bias: Some(arg(&self.b)),
-            given: None,
-            keep: true,
-            running: None,
-        };
+        let (weight, bias) = (Some(arg(&self.w)), Some(arg(&self.b)));
+        let call = Forward { weight, bias, keep: true, ..Forward::new(self.norm, arg(&self.x)) };
         let (y, stats) = forward::forward::<T>(level, &call).unwrap();
         (y, stats.unwrap())
     }
@@ -139,8 +132,8 @@ impl<T: Element> Case<T> {
     }
 
     fn call<'a>(&'a self, stats: &'a CpuStorage, fixed: bool, want: Want) -> Backward<'a, CpuStorage> {
-        let (x, dy, weight, stats) = (arg(&self.x), arg(&self.dy), Some(arg(&self.w)), arg(stats));
-        Backward { norm: self.norm, x, dy, weight, stats, fixed, want }
+        let new = Backward::new(self.norm, arg(&self.x), arg(&self.dy), arg(stats));
+        Backward { weight: Some(arg(&self.w)), fixed, want, ..new }
     }
 }
 
@@ -205,7 +198,8 @@ fn sum_tolerance<T: Element>(n: usize) -> f64 {
     noise::<T>() + growth * unit(T::Acc::DTYPE)
 }
 
-const ALL: Want = Want { dx: true, dweight: Some(DType::F64), dbias: Some(DType::F64) };
+const ALL: Want =
+    Want { dx: true, dweight: Some(DType::F64), dbias: Some(DType::F64), dskip: false, dgate: false };
 
 fn check<T: Element>(level: Level, mut g: Geometry, center: bool) {
     g.center = center;
@@ -239,7 +233,7 @@ fn check<T: Element>(level: Level, mut g: Geometry, center: bool) {
             }
         };
         compare(c.backward(level, &stats, fixed, ALL), [true; 3]);
-        let lone = Want { dx: true, dweight: None, dbias: None };
+        let lone = Want { dx: true, ..Want::default() };
         compare(c.backward(level, &stats, fixed, lone), [true, false, false]);
         compare(c.backward(level, &stats, fixed, Want { dx: false, ..ALL }), [false, true, true]);
     }

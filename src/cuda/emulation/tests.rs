@@ -4,10 +4,10 @@
 //! device are chosen so that every entry point runs, and a count says that it did.
 
 use super::{launches, Emulated};
-use crate::call::{Arg, Backward, Forward, Given, Norm, Running, Want};
 use crate::cuda::machine::Machine;
 use crate::cuda::{run_backward, run_forward, run_gradient_sums, run_input_gradient, run_statistics};
 use crate::geometry::{Affine, Geometry};
+use crate::request::{Arg, Backward, Forward, Given, Norm, Normed, Running, Want};
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, Var};
 use half::{bf16, f16};
 
@@ -68,7 +68,7 @@ struct Data {
 
 impl Data {
     fn new(geometry: Geometry, dtype: DType, offset: usize) -> Self {
-        let norm = Norm { name: "test", geometry, eps: EPS };
+        let norm = Norm::new("test", geometry, EPS);
         let round = |v: Vec<f64>| to_f64(&to_storage(&v, dtype));
         let (n, params) = (geometry.elements(), geometry.params());
         Self {
@@ -166,16 +166,13 @@ fn check(capability: u32, geometry: Geometry, dtype: DType, offset: usize) -> Re
     // blocks of 8 to 512 lose a few times the square root of their number of terms.
     let one = half_ulp(dtype) + 16.0 * half_ulp(accumulated);
     let summed = |terms: usize| half_ulp(accumulated) * (4.0 * (terms as f64).sqrt() + 16.0);
-    let (y, stats) = run_forward(
+    let Normed { y, stats, .. } = run_forward(
         &machine,
         Forward {
-            norm: data.norm,
-            x: arg(&x, offset),
             weight: Some(arg(&weight, 0)),
             bias: Some(arg(&bias, 0)),
-            given: None,
             keep: true,
-            running: None,
+            ..Forward::new(data.norm, arg(&x, offset))
         },
     )?;
     let n = geometry.set_len();
@@ -198,13 +195,10 @@ fn check(capability: u32, geometry: Geometry, dtype: DType, offset: usize) -> Re
         run_backward(
             &machine,
             Backward {
-                norm: data.norm,
-                x: arg(&x, offset),
-                dy: arg(&dy, offset),
                 weight: Some(arg(&weight, 0)),
-                stats: arg(&stats, 0),
                 fixed,
-                want: Want { dx, dweight, dbias },
+                want: Want { dx, dweight, dbias, ..Want::default() },
+                ..Backward::new(data.norm, arg(&x, offset), arg(&dy, offset), arg(&stats, 0))
             },
         )
     };
@@ -247,13 +241,9 @@ fn steps(
     let own = run_statistics(machine, data.norm, arg(x, data.offset))?;
     assert_eq!(to_f64(&own), to_f64(stats), "statistics alone");
     let call = || Backward {
-        norm: data.norm,
-        x: arg(x, data.offset),
-        dy: arg(dy, data.offset),
         weight: Some(arg(weight, 0)),
-        stats: arg(stats, 0),
-        fixed: false,
-        want: Want { dx: true, dweight: None, dbias: None },
+        want: Want { dx: true, ..Want::default() },
+        ..Backward::new(data.norm, arg(x, data.offset), arg(dy, data.offset), arg(stats, 0))
     };
     let [dx, _, _, expected] = data.backward(false);
     let sums = run_gradient_sums(machine, call())?;
@@ -263,23 +253,12 @@ fn steps(
     assert_close("input gradient", &got, &dx, 4.0 * tolerance * scale);
     // Given statistics, in rows of the tensor, give the same output as the input's own, and a copy.
     let forward = |given, keep| {
-        run_forward(
-            machine,
-            Forward {
-                norm: data.norm,
-                x: arg(x, data.offset),
-                weight: None,
-                bias: None,
-                given,
-                keep,
-                running: None,
-            },
-        )
+        run_forward(machine, Forward { given, keep, ..Forward::new(data.norm, arg(x, data.offset)) })
     };
     let given =
         Given { mean: arg(stats, 0), mean_low: Some(arg(stats, g.sets())), var: arg(stats, 2 * g.sets()) };
-    let (y, copy) = forward(Some(given), true)?;
-    let (expected, _) = forward(None, false)?;
+    let Normed { y, stats: copy, .. } = forward(Some(given), true)?;
+    let expected = forward(None, false)?.y;
     assert_close("given statistics", &y, &to_f64(&expected), 2.0 * half_ulp(data.dtype));
     assert_eq!(copy.map(|copy| to_f64(&copy)), Some(to_f64(stats)), "copy of given statistics");
     Ok(())
@@ -427,13 +406,8 @@ fn running_statistics() -> Result<()> {
             run_forward(
                 &Emulated::new(capability)?,
                 Forward {
-                    norm: data.norm,
-                    x: Arg { storage: &x, offset: 0 },
-                    weight: None,
-                    bias: None,
-                    given: None,
-                    keep: false,
                     running: Some(&running),
+                    ..Forward::new(data.norm, Arg { storage: &x, offset: 0 })
                 },
             )?;
             let (mean, var) = data.statistics();
@@ -468,23 +442,14 @@ fn empty_batches_write_zeros() -> Result<()> {
     let data = Data::new(geometry, DType::F32, 0);
     let x = data.stored(&[]);
     let stats = machine.allocate(DType::F32, 0)?;
-    let got = run_backward(
-        &machine,
-        Backward {
-            norm: data.norm,
-            x: Arg { storage: &x, offset: 0 },
-            dy: Arg { storage: &x, offset: 0 },
-            weight: None,
-            stats: Arg { storage: &stats, offset: 0 },
-            fixed: false,
-            want: Want { dx: true, dweight: Some(DType::F16), dbias: Some(DType::F64) },
-        },
-    )?;
+    let (x, stats) = (Arg { storage: &x, offset: 0 }, Arg { storage: &stats, offset: 0 });
+    let want = Want { dx: true, dweight: Some(DType::F16), dbias: Some(DType::F64), ..Want::default() };
+    let got = run_backward(&machine, Backward { want, ..Backward::new(data.norm, x, x, stats) })?;
     assert_eq!(got.dweight.map(|g| to_f64(&g)), Some(vec![0.0; 6]));
     assert_eq!(got.dbias.map(|g| to_f64(&g)), Some(vec![0.0; 6]));
     // A rank without samples still sends statistics, which weigh nothing.
     let none = Norm { geometry: batch(0, 3, 5), ..data.norm };
-    let stats = run_statistics(&machine, none, Arg { storage: &x, offset: 0 })?;
+    let stats = run_statistics(&machine, none, x)?;
     assert_eq!(to_f64(&stats), vec![0.0; 9]);
     Ok(())
 }
