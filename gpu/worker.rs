@@ -10,7 +10,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::cudarc::driver::{sys, CudaEvent, CudaStream};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use candle_nn::{Module, ModuleT};
-use candle_norm::__bench::{Alone, Kind};
+use candle_norm::__bench::{Kind, RecordedOp};
 use candle_norm::functional as norm;
 use serde_json::{json, Value};
 use std::collections::{HashMap, VecDeque};
@@ -297,7 +297,7 @@ impl<'a> Open<'a> {
             ("candle-norm", "backward") => {
                 let kind = self.row.kind()?;
                 let bias = self.bias.as_ref().map(|bias| bias.as_tensor());
-                let alone = |x| Alone::new(kind, x, Some(&self.weight), bias, EPS);
+                let alone = |x| RecordedOp::new(kind, x, Some(&self.weight), bias, EPS);
                 let ops = self.x.iter().map(|x| alone(x)).collect::<candle_core::Result<Vec<_>>>()?;
                 self.gpu.time(calls, |i| {
                     let gradients = ops[i % n].backward(&self.dy[i % n])?;

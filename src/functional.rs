@@ -20,10 +20,13 @@
 //! devices and a negative or NaN `eps`. With running statistics: one of the two without the other, a
 //! `momentum` outside `0..=1`, statistics that are not contiguous or lie in another argument's memory.
 
-use crate::autograd::{normalize, Shared, Source, Synchronized};
+use crate::autograd::{normalize, normalize_shared, Parts, Source, Synchronized};
+use crate::fusion::Fusion;
 use crate::geometry::{self, Channels, Placed};
 use crate::request::{Norm, Running};
 use candle_core::{bail, Result, Tensor, Var};
+
+pub mod fused;
 
 /// Batch normalization of `[N, C, ..]` over every dimension but the channels.
 ///
@@ -62,19 +65,34 @@ pub fn batch_norm(
     momentum: f64,
     eps: f64,
 ) -> Result<Tensor> {
-    let op = "batch-norm";
+    let running = RunningStatistics { mean: running_mean, var: running_var, momentum };
+    batch_norm_around("batch-norm", input, running, weight, bias, training, eps, Around::default())
+}
+
+/// `batch_norm` with what stands around it.
+#[allow(clippy::too_many_arguments)] // torch.nn.functional.batch_norm's
+fn batch_norm_around(
+    op: &'static str,
+    input: &Tensor,
+    running: RunningStatistics,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    training: bool,
+    eps: f64,
+    around: Around,
+) -> Result<Tensor> {
     let channels = check_channels(op, input, 2)?;
-    let running = check_running(op, input, channels, running_mean, running_var, momentum)?;
+    let running = check_running(op, input, channels, running)?;
     let per_channel = input.elem_count().checked_div(channels).unwrap_or(0);
     if training && per_channel == 1 {
         bail!("{op}: expected more than 1 value per channel when training, got input size {:?}", input.dims())
     }
     let source = match (training, running) {
-        (true, running) => Source::Input(apart(op, running, &[Some(input), weight, bias])?),
+        (true, running) => Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?),
         (false, Some(running)) => Source::Running(running),
         (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
     };
-    apply_channels(op, input, Channels::Batch, weight, bias, eps, source)
+    apply_channels(op, input, Channels::Batch, weight, bias, eps, source, around)
 }
 
 /// `batch_norm` in training, with the statistics of the inputs of all ranks.
@@ -98,12 +116,17 @@ pub(crate) fn sync_batch_norm(
     let check = || {
         let channels = check_channels(op, input, 2)?;
         check_affine(op, input, weight, bias, eps)?;
-        let running = check_running(op, input, channels, running_mean, running_var, momentum)?;
-        let running = apart(op, running, &[Some(input), weight, bias])?;
-        Ok(Shared { sync: sync.clone(), channels, running })
+        let running = RunningStatistics { mean: running_mean, var: running_var, momentum };
+        let running = check_running(op, input, channels, running)?;
+        apart(op, running, &[Some(input), weight, bias])
     };
-    let shared = sync.or_tell(check())?;
-    apply_channels(op, input, Channels::Batch, weight, bias, eps, Source::Shared(shared))
+    let running = sync.or_tell(check())?;
+    let place = |x: &Tensor| geometry::channels(x.dims(), x.stride(), Channels::Batch);
+    let run = |norm, order: &Order, x: &Tensor| {
+        let parts = parts(order, weight, bias, &Around::default())?;
+        normalize_shared(norm, x, parts, sync.clone(), running)
+    };
+    in_memory_order(op, input, place, eps, run)
 }
 
 /// Instance normalization of `[N, C, ..]` over the spatial dimensions of each sample and channel.
@@ -140,21 +163,45 @@ pub fn instance_norm(
     momentum: f64,
     eps: f64,
 ) -> Result<Tensor> {
-    let op = "instance-norm";
+    let running = RunningStatistics { mean: running_mean, var: running_var, momentum };
+    instance_norm_around(
+        "instance-norm",
+        input,
+        running,
+        weight,
+        bias,
+        use_input_stats,
+        eps,
+        Around::default(),
+    )
+}
+
+/// `instance_norm` with what stands around it.
+#[allow(clippy::too_many_arguments)] // torch.nn.functional.instance_norm's
+fn instance_norm_around(
+    op: &'static str,
+    input: &Tensor,
+    running: RunningStatistics,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    use_input_stats: bool,
+    eps: f64,
+    around: Around,
+) -> Result<Tensor> {
     let channels = check_channels(op, input, 2)?;
-    let running = check_running(op, input, channels, running_mean, running_var, momentum)?;
+    let running = check_running(op, input, channels, running)?;
     if !use_input_stats {
         let Some(running) = running else {
             bail!("{op}: expected running_mean and running_var when use_input_stats is false, got none")
         };
         let given = Source::Running(running);
-        return apply_channels(op, input, Channels::Batch, weight, bias, eps, given);
+        return apply_channels(op, input, Channels::Batch, weight, bias, eps, given, around);
     }
     if input.dims()[2..].iter().product::<usize>() == 1 {
         bail!("{op}: expected more than 1 spatial element when training, got input size {:?}", input.dims())
     }
-    let source = Source::Input(apart(op, running, &[Some(input), weight, bias])?);
-    apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, source)
+    let source = Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?);
+    apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, source, around)
 }
 
 /// Layer normalization over the last dimensions, which must equal `normalized_shape`.
@@ -213,12 +260,24 @@ pub fn group_norm(
     bias: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
-    let op = "group-norm";
+    group_norm_around("group-norm", input, num_groups, weight, bias, eps, Around::default())
+}
+
+/// `group_norm` with what stands around it.
+fn group_norm_around(
+    op: &'static str,
+    input: &Tensor,
+    num_groups: usize,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    around: Around,
+) -> Result<Tensor> {
     let channels = check_channels(op, input, 2)?;
     if num_groups == 0 || channels % num_groups != 0 {
         bail!("{op}: num_groups must divide num_channels, got {num_groups} groups and {channels} channels")
     }
-    apply_channels(op, input, Channels::Groups(num_groups), weight, bias, eps, Source::Input(None))
+    apply_channels(op, input, Channels::Groups(num_groups), weight, bias, eps, Source::Input(None), around)
 }
 
 /// Root-mean-square normalization over the last dimensions, which must equal `normalized_shape`.
@@ -250,6 +309,76 @@ pub fn rms_norm(
     apply_layer("rms-norm", input, normalized_shape, weight, None, eps, false)
 }
 
+/// Layer normalization of `[N, C, ..]` over the channels of each sample and place: ConvNeXt's and SAM's.
+///
+/// ```text
+/// y = (x - mean) / sqrt(var + eps) * weight + bias
+/// ```
+///
+/// `weight` and `bias` have shape `[C]`. The same numbers as [`layer_norm`] on the input permuted to
+/// `[N, .., C]` and back, without a copy: the channels are normalized where they lie.
+///
+/// # Errors
+/// Those of [every function](self#errors).
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[[1f32, 30.], [3., 10.]]], &Device::Cpu)?; // N, C, S
+/// let y = candle_norm::functional::layer_norm_channels(&x, None, None, 0.0)?;
+/// assert_eq!(y.to_vec3::<f32>()?, [[[-1., 1.], [1., -1.]]]);
+/// # Ok(()) }
+/// ```
+pub fn layer_norm_channels(
+    input: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+) -> Result<Tensor> {
+    over_channels("layer-norm-channels", input, weight, bias, eps, true)
+}
+
+/// Root-mean-square normalization of `[N, C, ..]` over the channels of each sample and place.
+///
+/// ```text
+/// y = x / sqrt(mean(x^2) + eps) * weight
+/// ```
+///
+/// `weight` has shape `[C]`. As [`layer_norm_channels`].
+///
+/// # Errors
+/// Those of [every function](self#errors).
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[[1f32, 14.], [7., 2.]]], &Device::Cpu)?; // N, C, S
+/// let y = candle_norm::functional::rms_norm_channels(&x, None, 0.0)?;
+/// assert_eq!(y.to_vec3::<f32>()?, [[[0.2, 1.4], [1.4, 0.2]]]);
+/// # Ok(()) }
+/// ```
+pub fn rms_norm_channels(input: &Tensor, weight: Option<&Tensor>, eps: f64) -> Result<Tensor> {
+    over_channels("rms-norm-channels", input, weight, None, eps, false)
+}
+
+/// Layer and RMS norm over dimension 1, through a view that has it last.
+fn over_channels(
+    op: &'static str,
+    input: &Tensor,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    center: bool,
+) -> Result<Tensor> {
+    let channels = check_channels(op, input, 2)?;
+    let last: Vec<usize> = [0].into_iter().chain(2..input.rank()).chain([1]).collect();
+    let order = Order(Some(last));
+    // The view is dense wherever the input is; any other input is copied in its own order.
+    let dense = geometry::layer(input.dims(), input.stride(), input.rank(), center).is_some();
+    let input = if dense { input.clone() } else { input.contiguous()? };
+    order.back(apply_layer(op, &order.there(&input)?, &[channels], weight, bias, eps, center)?)
+}
+
 pub(crate) fn apply_layer(
     op: &'static str,
     input: &Tensor,
@@ -259,16 +388,38 @@ pub(crate) fn apply_layer(
     eps: f64,
     center: bool,
 ) -> Result<Tensor> {
+    layer_around(op, input, shape, weight, bias, eps, center, Around::default())
+}
+
+/// Layer and RMS norm with what stands around them.
+#[allow(clippy::too_many_arguments)] // those of the functions that call it
+fn layer_around(
+    op: &'static str,
+    input: &Tensor,
+    shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    center: bool,
+    around: Around,
+) -> Result<Tensor> {
+    check_layer(op, input, shape, eps)?;
+    check_param(op, "weight", input, weight, shape)?;
+    check_param(op, "bias", input, bias, shape)?;
+    check_param(op, "skip", input, around.skip, input.dims())?;
+    let place = |x: &Tensor| geometry::layer(x.dims(), x.stride(), shape.len(), center);
+    apply(op, input, place, weight, bias, eps, Source::Input(None), around)
+}
+
+fn check_layer(op: &str, input: &Tensor, shape: &[usize], eps: f64) -> Result<()> {
     check_input(op, input, eps)?;
     if shape.is_empty() || !input.dims().ends_with(shape) {
         bail!("{op}: input has shape {:?}, expected its last dimensions to be {shape:?}", input.dims())
     }
-    check_param(op, "weight", input, weight, shape)?;
-    check_param(op, "bias", input, bias, shape)?;
-    let place = |x: &Tensor| geometry::layer(x.dims(), x.stride(), shape.len(), center);
-    apply(op, input, place, weight, bias, eps, Source::Input(None))
+    Ok(())
 }
 
+#[allow(clippy::too_many_arguments)] // those of the functions that call it
 fn apply_channels(
     op: &'static str,
     input: &Tensor,
@@ -277,10 +428,12 @@ fn apply_channels(
     bias: Option<&Tensor>,
     eps: f64,
     source: Source,
+    around: Around,
 ) -> Result<Tensor> {
     check_affine(op, input, weight, bias, eps)?;
+    check_param(op, "skip", input, around.skip, input.dims())?;
     let place = |x: &Tensor| geometry::channels(x.dims(), x.stride(), sets);
-    apply(op, input, place, weight, bias, eps, source)
+    apply(op, input, place, weight, bias, eps, source, around)
 }
 
 fn check_affine(
@@ -296,7 +449,16 @@ fn check_affine(
     check_param(op, "bias", input, bias, &shape)
 }
 
+/// What stands around a norm: tensors of the input's shape, and the fusion that says what they do.
+#[derive(Clone, Copy, Default)]
+struct Around<'a> {
+    skip: Option<&'a Tensor>,
+    gate: Option<&'a Tensor>,
+    fusion: Fusion,
+}
+
 /// The one way in: from checked arguments to the op, in the memory order of the input.
+#[allow(clippy::too_many_arguments)] // those of the functions that call it
 fn apply(
     name: &'static str,
     input: &Tensor,
@@ -305,25 +467,70 @@ fn apply(
     bias: Option<&Tensor>,
     eps: f64,
     source: Source,
+    around: Around,
 ) -> Result<Tensor> {
-    let weight = weight.map(Tensor::contiguous).transpose()?;
-    let bias = bias.map(Tensor::contiguous).transpose()?;
-    let (weight, bias) = (weight.as_ref(), bias.as_ref());
+    let run = |norm: Norm, order: &Order, x: &Tensor| {
+        let norm = Norm { fusion: around.fusion, ..norm };
+        normalize(norm, x, parts(order, weight, bias, &around)?, source)
+    };
+    in_memory_order(name, input, place, eps, run)
+}
+
+/// The parts of a call, in the memory order of its input.
+fn parts(
+    order: &Order,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    around: &Around,
+) -> Result<Parts<Tensor>> {
+    let elements = |t: Option<&Tensor>| t.map(|t| order.there(t)?.contiguous()).transpose();
+    Ok(Parts {
+        weight: weight.map(Tensor::contiguous).transpose()?,
+        bias: bias.map(Tensor::contiguous).transpose()?,
+        skip: elements(around.skip)?,
+        gate: elements(around.gate)?,
+        residual: None,
+    })
+}
+
+/// The order of dimensions in which an input is contiguous; `None` for its own.
+struct Order(Option<Vec<usize>>);
+
+impl Order {
+    /// A tensor of the input's shape in this order.
+    fn there(&self, t: &Tensor) -> Result<Tensor> {
+        match &self.0 {
+            Some(order) => t.permute(order.as_slice()),
+            None => Ok(t.clone()),
+        }
+    }
+
+    /// A tensor in this order in the input's.
+    fn back(&self, t: Tensor) -> Result<Tensor> {
+        let Some(order) = &self.0 else { return Ok(t) };
+        let mut back = vec![0; order.len()];
+        order.iter().enumerate().for_each(|(to, &from)| back[from] = to);
+        t.permute(back)
+    }
+}
+
+/// Hands the input to `run` in its memory order, and what `run` makes of it back in the input's.
+fn in_memory_order(
+    name: &'static str,
+    input: &Tensor,
+    place: impl Fn(&Tensor) -> Option<Placed>,
+    eps: f64,
+    run: impl FnOnce(Norm, &Order, &Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
     let (input, placed) = match place(input) {
         // Nothing lies in no order: the kernels still want candle's strides for contiguous.
         _ if input.elem_count() == 0 => dense(name, input, place)?,
         Some(placed) => (input.clone(), placed),
         None => dense(name, input, place)?,
     };
-    let norm = Norm::new(name, placed.geometry, eps);
-    match placed.order {
-        None => normalize(norm, &input, weight, bias, source),
-        Some(order) => {
-            let mut back = vec![0; order.len()];
-            order.iter().enumerate().for_each(|(to, &from)| back[from] = to);
-            normalize(norm, &input.permute(order)?, weight, bias, source)?.permute(back)
-        }
-    }
+    let order = Order(placed.order);
+    let y = run(Norm::new(name, placed.geometry, eps), &order, &order.there(&input)?)?;
+    order.back(y)
 }
 
 /// The one copy: of an input whose strides no geometry describes.
@@ -375,13 +582,19 @@ fn check_device(op: &str, what: &str, input: &Tensor, other: &Tensor) -> Result<
     Ok(())
 }
 
+/// Running statistics as they are passed in.
+#[derive(Clone, Copy)]
+struct RunningStatistics<'a> {
+    mean: Option<&'a Var>,
+    var: Option<&'a Var>,
+    momentum: f64,
+}
+
 fn check_running(
     op: &str,
     input: &Tensor,
     channels: usize,
-    mean: Option<&Var>,
-    var: Option<&Var>,
-    momentum: f64,
+    RunningStatistics { mean, var, momentum }: RunningStatistics,
 ) -> Result<Option<Running>> {
     let (mean, var) = match (mean, var) {
         (Some(mean), Some(var)) => (mean, var),

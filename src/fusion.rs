@@ -13,6 +13,10 @@
 //!
 //! Any of them may be absent.
 
+use candle_core::{DType, Result, Tensor};
+use candle_nn::Activation as Named;
+use std::f64::consts::{FRAC_1_SQRT_2, PI};
+
 /// What is fused, besides the tensors that a request has or has not.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub(crate) struct Fusion {
@@ -24,6 +28,11 @@ pub(crate) struct Fusion {
     pub activation: Option<Activation>,
     /// Where the request's gate stands.
     pub gate: Option<Gate>,
+    /// dtype of the request's residual, and of the sum, which is added up in f32 (f64 where x or the residual
+    /// is f64) and rounded once.
+    pub residual: Option<DType>,
+    /// Whether the request has a skip.
+    pub skip: bool,
 }
 
 /// Where `silu(gate)` is multiplied in.
@@ -49,4 +58,50 @@ pub(crate) enum Activation {
     Gelu,
     /// With the hyperbolic tangent.
     GeluTanh,
+}
+
+impl Activation {
+    /// The one that `named` is, if kernels compute it.
+    pub fn of(named: Named) -> Option<Self> {
+        Some(match named {
+            Named::Relu => Self::Relu,
+            Named::Relu6 => Self::Relu6,
+            Named::LeakyRelu(slope) => Self::LeakyRelu(slope),
+            Named::Silu | Named::Swish => Self::Silu,
+            Named::Sigmoid => Self::Sigmoid,
+            Named::HardSwish => Self::HardSwish,
+            Named::Gelu => Self::Gelu,
+            Named::NewGelu | Named::GeluPytorchTanh => Self::GeluTanh,
+            _ => return None,
+        })
+    }
+
+    /// In candle's own operations, differentiable any number of times.
+    ///
+    /// By selection where candle's own has another slope at a corner (its `relu` has 1 at zero, PyTorch's 0:
+    /// behind a norm whose weight begins at zero that is every element), and by the formula where candle's own
+    /// gradient has constants of six digits (both of its gelu).
+    pub fn apply(self, z: &Tensor) -> Result<Tensor> {
+        let zeros = || z.zeros_like();
+        match self {
+            Self::Relu => z.le(0f64)?.where_cond(&zeros()?, z),
+            Self::Relu6 => {
+                let above = z.ge(6f64)?.where_cond(&(zeros()? + 6.0)?, z)?;
+                z.le(0f64)?.where_cond(&zeros()?, &above)
+            }
+            Self::LeakyRelu(slope) => z.gt(0f64)?.where_cond(z, &(z * slope)?),
+            Self::Silu => z.silu(),
+            Self::Sigmoid => candle_nn::ops::sigmoid(z),
+            Self::HardSwish => {
+                let between = (z * ((z + 3.0)? / 6.0)?)?;
+                let below = z.le(-3f64)?.where_cond(&zeros()?, &between)?;
+                z.ge(3f64)?.where_cond(z, &below)
+            }
+            Self::Gelu => (z * 0.5)?.mul(&((z * FRAC_1_SQRT_2)?.erf()? + 1.0)?),
+            Self::GeluTanh => {
+                let inner = ((z + (z.sqr()? * z)?.affine(0.044715, 0.0)?)? * (2.0 / PI).sqrt())?;
+                (z * 0.5)?.mul(&(inner.tanh()? + 1.0)?)
+            }
+        }
+    }
 }

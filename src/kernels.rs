@@ -3,15 +3,17 @@
 //! Apart, because both sides implement it for their storage and must not know each other.
 
 use crate::request::{Arg, Backward, Forward, Gradients, Norm, Normed};
-use candle_core::{Result, Storage};
+use candle_core::{DType, Result, Storage};
 
 /// The memory of a device, and the kernels that run on it.
 pub(crate) trait Kernels: Sized {
-    /// Whether kernels take this norm's fusion; what they do not take runs as candle's own operations.
-    fn fuses(norm: &Norm) -> bool;
+    /// Whether kernels take this norm's fusion and blocks for an x of this dtype; what they do not take runs
+    /// as a plain norm between candle's own operations.
+    fn fuses(norm: &Norm, x: DType) -> bool;
 
     fn wrap(self) -> Storage;
     fn unwrap(storage: &Storage) -> Option<&Self>;
+    fn into_own(storage: Storage) -> Option<Self>;
 
     /// The output, and what else the call wants.
     fn forward(call: Forward<Self>) -> Result<Normed<Self>>;

@@ -60,14 +60,15 @@ mod cpu;
 pub mod cuda;
 pub mod distributed;
 pub mod functional;
-#[allow(dead_code)] // until the fused functions make them all
+
 mod fusion;
 mod geometry;
-#[allow(dead_code)] // until the fused functions make them all
+
 mod kernels;
 mod layers;
 pub mod ops;
-#[allow(dead_code)] // until the fused functions make them all
+
+#[allow(dead_code)] // until the kernels of every device take all of it
 mod request;
 
 pub use layers::batch_norm::{batch_norm, batch_norm1d, batch_norm2d, batch_norm3d};
@@ -90,7 +91,7 @@ pub use candle_nn::{Module, ModuleT};
 /// Not part of the interface: what the benchmarks reach for. It may change in any release.
 #[doc(hidden)]
 pub mod __bench {
-    pub use crate::autograd::alone::{Alone, Kind};
+    pub use crate::autograd::bench::{Kind, RecordedOp};
 }
 
 /// The Rust of README.md and of docs/switching.md compiles and runs with the documentation's examples.

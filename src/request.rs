@@ -9,9 +9,9 @@
 
 use crate::fusion::Fusion;
 use crate::geometry::Geometry;
-use candle_core::{DType, Layout, Result, Tensor, Var};
+use candle_core::{DType, Result, Tensor, Var};
 
-/// A contiguous argument: its storage, and where its first element lies.
+/// An argument, contiguous unless it is an x in blocks: its storage, and where its first element lies.
 #[derive(Debug)]
 pub(crate) struct Arg<'a, S> {
     pub storage: &'a S,
@@ -25,14 +25,6 @@ impl<S> Clone for Arg<'_, S> {
 }
 
 impl<S> Copy for Arg<'_, S> {}
-
-impl<'a, S> Arg<'a, S> {
-    /// `layout` is contiguous: `functional` sees to that before any op is made.
-    pub fn new(storage: &'a S, layout: &Layout) -> Self {
-        debug_assert!(layout.is_contiguous());
-        Self { storage, offset: layout.start_offset() }
-    }
-}
 
 /// Geometry and constants of a call.
 #[derive(Debug, Clone, Copy)]
@@ -159,6 +151,12 @@ pub(crate) struct Gradients<S> {
     pub dbias: Option<S>,
     pub dskip: Option<S>,
     pub dgate: Option<S>,
+}
+
+impl<S> Default for Gradients<S> {
+    fn default() -> Self {
+        Self { dx: None, dweight: None, dbias: None, dskip: None, dgate: None }
+    }
 }
 
 /// Running statistics of batch and instance norm, moved towards the batch's within the forward.

@@ -9,7 +9,7 @@ mod cases;
 
 use anyhow::{bail, Context, Result};
 use candle_core::Tensor;
-use candle_norm::__bench::{Alone, Kind};
+use candle_norm::__bench::{Kind, RecordedOp};
 use cases::contenders::{self, Layer, Mode};
 use cases::copy::Copy;
 use cases::inputs::Inputs;
@@ -179,7 +179,7 @@ impl Open {
 }
 
 /// The op of a row, whose backward can be called by itself.
-fn alone(row: &Row, inputs: &Inputs) -> Result<Alone> {
+fn alone(row: &Row, inputs: &Inputs) -> Result<RecordedOp> {
     let kind = match row.case.norm {
         Norm::BatchNorm => Kind::Batch,
         Norm::BatchNormEval => bail!("evaluation is not trained through here"),
@@ -189,7 +189,7 @@ fn alone(row: &Row, inputs: &Inputs) -> Result<Alone> {
         Norm::RmsNorm => Kind::Layer { center: false },
     };
     let bias = inputs.bias.as_ref().map(|b| b.as_tensor());
-    Ok(Alone::new(kind, &inputs.x, Some(&inputs.weight), bias, contenders::EPS)?)
+    Ok(RecordedOp::new(kind, &inputs.x, Some(&inputs.weight), bias, contenders::EPS)?)
 }
 
 fn time(calls: usize, mut call: impl FnMut() -> Result<()>) -> Result<u64> {

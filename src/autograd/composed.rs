@@ -1,10 +1,13 @@
 //! The norms and their gradients written in candle's own ops.
 //!
 //! Slower than the kernels, and differentiable any number of times: it serves second-order gradients
-//! (`CANDLE_GRAD_DO_NOT_DETACH=1`) and devices that have no kernels of ours (Metal).
+//! (`CANDLE_GRAD_DO_NOT_DETACH=1`), devices that have no kernels of ours (Metal), and what stands around a
+//! norm where no kernel takes it.
 
+use super::parts::Parts;
+use crate::fusion::{Fusion, Gate};
 use crate::geometry::{Affine, Geometry};
-use crate::request::{accumulation_dtype, Norm};
+use crate::request::{accumulation_dtype, Gradients, Norm};
 use candle_core::{Result, Tensor};
 
 /// x as `[outer, rows, width / run, run]` in the accumulation dtype: a set is `[o, :, q, :]`.
@@ -112,7 +115,7 @@ pub(crate) fn backward(
     norm: &Norm,
     weight: Option<&Tensor>,
     stats: Option<&Tensor>,
-) -> Result<[Tensor; 3]> {
+) -> Result<Gradients<Tensor>> {
     let geometry = &norm.geometry;
     let (xhat, rstd) = normalized(x, norm, stats)?;
     let dy = block(dy, geometry)?;
@@ -130,5 +133,64 @@ pub(crate) fn backward(
         (g - projected)?
     };
     let dx = dx.broadcast_mul(&rstd)?.reshape(x.shape())?.to_dtype(x.dtype())?;
-    Ok([dx, dweight, dbias])
+    Ok(Gradients { dx: Some(dx), dweight: Some(dweight), dbias: Some(dbias), ..Gradients::default() })
+}
+
+/// The norm `plain` between candle's own operations, which do what `norm.fusion` says; nothing is rounded in
+/// between that a kernel would not round.
+pub(crate) fn unfused(
+    norm: Norm,
+    x: &Tensor,
+    parts: Parts<Tensor>,
+    plain: impl FnOnce(Norm, &Tensor, Parts<Tensor>) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let fusion = norm.fusion;
+    let bare = Norm { fusion: Fusion::default(), x_blocks: None, ..norm };
+    if fusion == Fusion::default() {
+        return plain(bare, &x.contiguous()?, parts);
+    }
+    let wide = |t: &Tensor| t.to_dtype(accumulation_dtype(x.dtype()));
+    let Parts { weight, bias, skip, gate, .. } = parts.map(wide)?;
+    let gate = gate.map(|gate| gate.silu()).transpose()?;
+    let mut z = wide(&x.contiguous()?)?;
+    if let (Some(Gate::Before), Some(gate)) = (fusion.gate, &gate) {
+        z = (z * gate)?;
+    }
+    let weight = weight.map(|weight| weight + fusion.weight_offset).transpose()?;
+    z = match fusion.tokens {
+        Some(tokens) => {
+            let z = plain(bare, &z, Parts::default())?;
+            per_sample(&z, norm.geometry.width, tokens, weight, bias)?
+        }
+        None => plain(bare, &z, Parts::affine(weight, bias))?,
+    };
+    if let Some(skip) = skip {
+        z = (z + skip)?;
+    }
+    if let Some(activation) = fusion.activation {
+        z = activation.apply(&z)?;
+    }
+    if let (Some(Gate::After), Some(gate)) = (fusion.gate, &gate) {
+        z = (z * gate)?;
+    }
+    z.to_dtype(x.dtype())
+}
+
+/// Scales and shifts rows of `width`, `tokens` of which share a weight and a bias.
+fn per_sample(
+    z: &Tensor,
+    width: usize,
+    tokens: usize,
+    weight: Option<Tensor>,
+    bias: Option<Tensor>,
+) -> Result<Tensor> {
+    let samples = z.elem_count().checked_div(tokens * width).unwrap_or(0);
+    let mut y = z.reshape((samples, tokens, width))?;
+    if let Some(weight) = weight {
+        y = y.broadcast_mul(&weight.reshape((samples, 1, width))?)?;
+    }
+    if let Some(bias) = bias {
+        y = y.broadcast_add(&bias.reshape((samples, 1, width))?)?;
+    }
+    y.reshape(z.shape())
 }

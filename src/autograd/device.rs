@@ -3,10 +3,11 @@
 //! The kernels of both sides take the same calls (`request.rs`) and return the same results, so what is
 //! above this file never asks for a device.
 
+use super::parts::Parts;
 use crate::kernels::Kernels;
 use crate::request::{Arg, Backward, Gradients, Norm, Want};
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, StorageRef, Tensor};
+use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Shape, Storage, StorageRef, Tensor};
 
 /// Runs `$run::<S>` for the storage that a tensor on `$device` has.
 macro_rules! on_device {
@@ -25,22 +26,22 @@ type Guarded<'a> = (StorageRef<'a>, &'a Layout);
 /// A tensor's storage as an argument.
 pub(crate) fn arg<'a, S: Kernels>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, S>> {
     match S::unwrap(&guarded.0) {
-        Some(storage) => Ok(Arg::new(storage, guarded.1)),
+        Some(storage) => Ok(Arg { storage, offset: guarded.1.start_offset() }),
         None => bail!("candle-norm: an argument is not on the input's device"),
     }
 }
 
 /// A tensor without a graph behind it.
-pub(crate) fn tensor(storage: Storage, dims: &[usize]) -> Tensor {
-    Tensor::from_storage(storage, dims, BackpropOp::none(), false)
+pub(crate) fn tensor(storage: Storage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
 }
 
-/// Tensor arguments of a backward call, all contiguous.
+/// Tensor arguments of a backward call, all contiguous but for an x in blocks.
 pub(crate) struct BackwardTensors<'a> {
     pub norm: Norm,
     pub x: &'a Tensor,
     pub dy: &'a Tensor,
-    pub weight: Option<&'a Tensor>,
+    pub parts: &'a Parts<Tensor>,
     pub stats: &'a Tensor,
     pub fixed: bool,
     pub want: Want,
@@ -49,12 +50,14 @@ pub(crate) struct BackwardTensors<'a> {
 impl BackwardTensors<'_> {
     /// Runs `run` with the storages of the tensors.
     fn on<S: Kernels, T>(&self, run: impl FnOnce(Backward<S>) -> Result<T>) -> Result<T> {
-        let x = self.x.storage_and_layout();
-        let dy = self.dy.storage_and_layout();
-        let stats = self.stats.storage_and_layout();
-        let weight = self.weight.map(|w| w.storage_and_layout());
+        let [x, dy, stats] = [self.x, self.dy, self.stats].map(Tensor::storage_and_layout);
+        let parts = self.parts.map(|t| Ok(t.storage_and_layout()))?;
+        let parts = parts.map(arg)?;
         run(Backward {
-            weight: weight.as_ref().map(arg).transpose()?,
+            weight: parts.weight,
+            bias: parts.bias,
+            skip: parts.skip,
+            gate: parts.gate,
             fixed: self.fixed,
             want: self.want,
             ..Backward::new(self.norm, arg(&x)?, arg(&dy)?, arg(&stats)?)
@@ -62,19 +65,20 @@ impl BackwardTensors<'_> {
     }
 }
 
-/// Gradients as tensors: `dx` of x's shape, `dweight` and `dbias` as `[params]`.
+/// Gradients as tensors: those of parameters as `[params]`, the others of x's shape.
 pub(crate) fn backward(t: BackwardTensors) -> Result<Gradients<Tensor>> {
     fn run<S: Kernels>(t: &BackwardTensors) -> Result<Gradients<Storage>> {
         t.on(|call| Ok(S::backward(call)?.map(S::wrap)))
     }
     let gradients = on_device!(t.norm.name, t.x.device(), run(&t))?;
-    let params = [t.norm.geometry.params()];
+    let params = |s| tensor(s, t.norm.params());
+    let like_x = |s| tensor(s, t.x.shape());
     Ok(Gradients {
-        dx: gradients.dx.map(|s| tensor(s, t.x.dims())),
-        dweight: gradients.dweight.map(|s| tensor(s, &params)),
-        dbias: gradients.dbias.map(|s| tensor(s, &params)),
-        dskip: gradients.dskip.map(|s| tensor(s, t.x.dims())),
-        dgate: gradients.dgate.map(|s| tensor(s, t.x.dims())),
+        dx: gradients.dx.map(like_x),
+        dweight: gradients.dweight.map(params),
+        dbias: gradients.dbias.map(params),
+        dskip: gradients.dskip.map(like_x),
+        dgate: gradients.dgate.map(like_x),
     })
 }
 
@@ -84,7 +88,7 @@ pub(crate) fn statistics(norm: &Norm, x: &Tensor) -> Result<Tensor> {
         S::statistics(*norm, arg(&x.storage_and_layout())?).map(S::wrap)
     }
     let stats = on_device!(norm.name, x.device(), run(norm, x))?;
-    Ok(tensor(stats, &[3, norm.geometry.sets()]))
+    Ok(tensor(stats, (3, norm.geometry.sets())))
 }
 
 /// Sums over each set of `dy` and of `dy * xhat`, `[2, sets]`.
@@ -93,7 +97,7 @@ pub(crate) fn gradient_sums(t: &BackwardTensors) -> Result<Tensor> {
         t.on(|call| S::gradient_sums(call).map(S::wrap))
     }
     let sums = on_device!(t.norm.name, t.x.device(), run(t))?;
-    Ok(tensor(sums, &[2, t.norm.geometry.sets()]))
+    Ok(tensor(sums, (2, t.norm.geometry.sets())))
 }
 
 /// `dx` from the sums of `gradient_sums` over `count` elements a set.
@@ -103,7 +107,7 @@ pub(crate) fn input_gradient(t: &BackwardTensors, sums: &Tensor, count: f64) -> 
         t.on(|call| S::input_gradient(call, arg(&sums)?, count).map(S::wrap))
     }
     let dx = on_device!(t.norm.name, t.x.device(), run(t, sums, count))?;
-    Ok(tensor(dx, t.x.dims()))
+    Ok(tensor(dx, t.x.shape()))
 }
 
 impl<S> Gradients<S> {
@@ -116,6 +120,14 @@ impl<S> Gradients<S> {
             dgate: self.dgate.map(&f),
         }
     }
+}
+
+/// Whether the kernels of `device` take this norm's fusion and blocks, for an x of dtype `x`.
+pub(crate) fn fuses(device: &Device, norm: &Norm, x: DType) -> Result<bool> {
+    fn run<S: Kernels>(norm: &Norm, x: DType) -> bool {
+        S::fuses(norm, x)
+    }
+    Ok(on_device!(norm.name, device, run(norm, x)))
 }
 
 /// Whether `device` has kernels of ours; the composed path serves the others.

@@ -3,12 +3,17 @@
 //! Apart from `functional`, which checks arguments and speaks shapes, and from the kernels, which
 //! know nothing of graphs.
 
-pub(crate) mod alone;
+pub(crate) mod bench;
 mod composed;
+mod custom_op;
 mod device;
 mod op;
+mod parts;
+mod residual;
 mod sync;
 
 pub(crate) use device::DTYPES;
 pub(crate) use op::{normalize, Source};
-pub(crate) use sync::{Shared, Synchronized};
+pub(crate) use parts::Parts;
+pub(crate) use residual::add_normalize;
+pub(crate) use sync::{normalize_shared, Synchronized};

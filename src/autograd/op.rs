@@ -1,16 +1,16 @@
-//! The custom op that every norm is: `CustomOp1`, `2` or `3` by which of weight and bias it has.
+//! The custom op that every norm is: its forward, its backward, and what it keeps between them.
 //!
 //! One struct serves all norms, since they differ in their `Geometry` alone. The statistics go from
 //! forward to backward in a cell that is filled once and never emptied: a graph may be walked twice.
 
 use super::composed;
 use super::device::{self, BackwardTensors};
-use super::sync::{self, Merged, Shared};
+use super::parts::{Input, Parts};
+use super::sync::Merged;
 use crate::kernels::Kernels;
-use crate::request::{accumulation_dtype, Arg, Forward, Given, Norm, Normed, Running, Want};
-use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor};
-use candle_core::{CustomOp1, CustomOp2, CustomOp3};
-use std::sync::{Arc, OnceLock};
+use crate::request::{accumulation_dtype, Arg, Forward, Given, Gradients, Norm, Normed, Running, Want};
+use candle_core::{bail, DType, Layout, Result, Shape, Storage, Tensor};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// Where the statistics come from.
 pub(crate) enum Source {
@@ -18,53 +18,33 @@ pub(crate) enum Source {
     Input(Option<Running>),
     /// From running statistics, as they are at the time of the forward (evaluation).
     Running(Running),
-    /// From the inputs of all ranks.
-    Shared(Shared),
-    /// From the inputs of all ranks, merged already.
+    /// From the inputs of all ranks, merged.
     Merged(Merged),
 }
 
 /// Normalizes `x`, contiguous in the geometry's order, and attaches the gradients.
 ///
 /// Weight and bias are contiguous with `params()` elements in any shape. All checks are done.
-pub(crate) fn normalize(
-    norm: Norm,
-    x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    source: Source,
-) -> Result<Tensor> {
-    let source = match source {
-        Source::Shared(shared) => return sync::normalize_shared(norm, x, weight, bias, shared),
-        source if !device::has_kernels(x.device()) => {
-            return composed_forward(norm, x, weight, bias, source);
-        }
-        source => source,
-    };
-    attach(NormOp::new(norm, x, weight, bias, source), x, weight, bias)
+pub(crate) fn normalize(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<Tensor> {
+    if !device::has_kernels(x.device()) {
+        return composed::unfused(norm, x, parts, |plain, x, parts| {
+            composed_forward(plain, x, parts, source)
+        });
+    }
+    if second_order() || !device::fuses(x.device(), &norm, x.dtype())? {
+        return composed::unfused(norm, x, parts, |plain, x, parts| attach(plain, x, parts, source));
+    }
+    attach(norm, x, parts, source)
 }
 
 /// Runs the op's forward and makes the op a node of candle's graph.
-pub(super) fn attach(
-    op: NormOp,
-    x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-) -> Result<Tensor> {
-    match (weight, bias) {
-        (None, None) => x.apply_op1(op),
-        (Some(p), None) | (None, Some(p)) => x.apply_op2(p, op),
-        (Some(w), Some(b)) => x.apply_op3(w, b, op),
-    }
+fn attach(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<Tensor> {
+    let (op, inputs) = NormOp::new(norm, x, parts, source)?;
+    op.apply(x, &inputs)
 }
 
-fn composed_forward(
-    norm: Norm,
-    x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    source: Source,
-) -> Result<Tensor> {
+fn composed_forward(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<Tensor> {
+    let (weight, bias) = (parts.weight.as_ref(), parts.bias.as_ref());
     match source {
         Source::Running(running) => {
             let stats = running_statistics(x, &running)?;
@@ -77,9 +57,7 @@ fn composed_forward(
             }
             Ok(y)
         }
-        Source::Shared(_) | Source::Merged(_) => {
-            bail!("{}: no kernels for device {:?}", norm.name, x.device().location())
-        }
+        Source::Merged(_) => bail!("{}: no kernels for device {:?}", norm.name, x.device().location()),
     }
 }
 
@@ -101,32 +79,56 @@ fn move_running(norm: &Norm, stats: &Tensor, running: &Running) -> Result<()> {
     running.move_towards(&mean, &var)
 }
 
-pub(super) struct NormOp {
-    norm: Norm,
-    has_weight: bool,
-    source: Source,
-    /// Somebody tracks an argument: the backward will want the statistics.
-    keep: bool,
-    pub(super) saved: Arc<OnceLock<Tensor>>,
+/// What a forward leaves behind for whoever is next, shared by clones.
+#[derive(Clone, Default)]
+pub(super) struct Saved {
+    /// `[3, sets]`, for the backward.
+    pub stats: Arc<OnceLock<Tensor>>,
+    /// `x + residual`.
+    pub sum: Arc<OnceLock<Tensor>>,
+    /// The output, where the op before has made it along with the sum; taken out by the one that returns it.
+    pub output: Arc<Mutex<Option<Storage>>>,
 }
 
-impl NormOp {
-    pub(super) fn new(
-        norm: Norm,
-        x: &Tensor,
-        weight: Option<&Tensor>,
-        bias: Option<&Tensor>,
-        source: Source,
-    ) -> Self {
-        let keep = [Some(x), weight, bias].into_iter().flatten().any(Tensor::track_op);
-        Self { norm, has_weight: weight.is_some(), source, keep, saved: Arc::new(OnceLock::new()) }
+impl Saved {
+    pub fn leave(&self, output: Storage) {
+        *self.output.lock().unwrap_or_else(|e| e.into_inner()) = Some(output);
     }
 
-    /// Splits the arguments behind x into weight and bias.
-    fn affine<T: Copy>(&self, args: &[T]) -> (Option<T>, Option<T>) {
-        match (self.has_weight, args) {
-            (true, [weight, rest @ ..]) => (Some(*weight), rest.first().copied()),
-            (_, rest) => (None, rest.first().copied()),
+    fn take<S: Kernels>(&self) -> Option<S> {
+        self.output.lock().unwrap_or_else(|e| e.into_inner()).take().and_then(S::into_own)
+    }
+}
+
+pub(super) struct NormOp {
+    pub norm: Norm,
+    /// What candle passes behind x.
+    inputs: Vec<Input>,
+    held: Parts<Tensor>,
+    source: Source,
+    /// Somebody tracks an argument: the backward will want the statistics.
+    pub keep: bool,
+    pub saved: Saved,
+}
+
+/// A storage with its layout, as candle hands out arguments.
+pub(super) type Laid<'a, S> = (&'a S, &'a Layout);
+
+impl NormOp {
+    /// The op, and its inputs behind x.
+    pub fn new(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<(Self, Vec<Tensor>)> {
+        let (inputs, held) = parts.split()?;
+        let keep = x.track_op() || !inputs.is_empty();
+        let (inputs, tensors) = inputs.into_iter().unzip();
+        Ok((Self { norm, inputs, held, source, keep, saved: Saved::default() }, tensors))
+    }
+
+    pub fn apply(self, x: &Tensor, inputs: &[Tensor]) -> Result<Tensor> {
+        match inputs {
+            [] => x.apply_op1(self),
+            [a] => x.apply_op2(a, self),
+            [a, b] => x.apply_op3(a, b, self),
+            more => bail!("{}: {} tracked arguments, candle's ops take 3", self.norm.name, 1 + more.len()),
         }
     }
 
@@ -154,107 +156,136 @@ impl NormOp {
         }
     }
 
-    fn forward<S: Kernels>(&self, x: Laid<S>, affine: &[Laid<S>]) -> Result<(S, Shape)> {
-        let (weight, bias) = self.affine(affine);
-        let arg = |(storage, layout)| Arg::new(storage, layout);
-        let guards = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
+    pub fn forward<S: Kernels>(&self, x: Laid<S>, inputs: &[Laid<S>]) -> Result<(S, Shape)> {
+        if let Some(y) = self.saved.take() {
+            return Ok((y, x.1.shape().clone()));
+        }
+        let Normed { y, stats, sum } = self.run(x, inputs)?;
+        self.save(stats, sum, x.1);
+        Ok((y, x.1.shape().clone()))
+    }
+
+    /// An op runs forward once; a second fill would carry the same values.
+    pub fn save<S: Kernels>(&self, stats: Option<S>, sum: Option<S>, x: &Layout) {
+        let sets = self.norm.geometry.sets();
+        let _ = stats.map(|s| self.saved.stats.set(device::tensor(s.wrap(), (3, sets))));
+        let _ = sum.map(|s| self.saved.sum.set(device::tensor(s.wrap(), x.shape())));
+    }
+
+    pub fn run<S: Kernels>(&self, x: Laid<S>, inputs: &[Laid<S>]) -> Result<Normed<S>> {
+        let guards = self.held.map(|t| Ok(t.storage_and_layout()))?;
+        let mut parts = guards.map(device::arg)?;
+        for (input, &(storage, layout)) in self.inputs.iter().zip(inputs) {
+            let arg = Arg { storage, offset: layout.start_offset() };
+            place(&mut parts, *input, arg, layout.shape().elem_count() / 2);
+        }
+        let running = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
         let merged = self.merged().map(|merged| merged.stats.storage_and_layout());
-        let given = match (&guards, &merged) {
+        let given = match (&running, &merged) {
             (Some((mean, var)), _) => {
                 Some(Given { mean: device::arg(mean)?, mean_low: None, var: device::arg(var)? })
             }
             (None, Some(stats)) => Some(rows(device::arg(stats)?, stats.1)?),
             (None, None) => None,
         };
-        let Normed { y, stats, .. } = S::forward(Forward {
-            weight: weight.map(arg),
-            bias: bias.map(arg),
+        S::forward(Forward {
+            weight: parts.weight,
+            bias: parts.bias,
+            residual: parts.residual,
+            skip: parts.skip,
+            gate: parts.gate,
             given,
             keep: self.keep && merged.is_none(),
             running: self.moves(),
-            ..Forward::new(self.norm, arg(x))
-        })?;
-        self.save(stats.map(S::wrap));
-        Ok((y, x.1.shape().clone()))
-    }
-
-    fn save(&self, stats: Option<Storage>) {
-        if let Some(stats) = stats {
-            let stats = device::tensor(stats, &[3, self.norm.geometry.sets()]);
-            // An op runs forward once; a second fill would carry the same values.
-            let _ = self.saved.set(stats);
-        }
+            ..Forward::new(self.norm, Arg { storage: x.0, offset: x.1.start_offset() })
+        })
     }
 
     fn statistics(&self) -> Result<&Tensor> {
-        match self.saved.get() {
+        match self.saved.stats.get() {
             Some(stats) => Ok(stats),
             None => bail!("{}: backward without a forward that kept statistics", self.norm.name),
         }
     }
 
-    /// Statistics that did not depend on x.
-    fn fixed(&self) -> Result<Option<&Tensor>> {
-        self.reads().map(|_| self.statistics()).transpose()
-    }
-
-    /// Gradients of x and of each affine argument, `None` where nobody tracks it.
-    pub(super) fn backward(
-        &self,
-        x: &Tensor,
-        affine: &[&Tensor],
-        dy: &Tensor,
-    ) -> Result<Vec<Option<Tensor>>> {
-        let (weight, bias) = self.affine(affine);
-        fn wanted(t: Option<&Tensor>) -> Option<&Tensor> {
-            t.filter(|t| t.track_op())
-        }
-        let again = dy.track_op() || second_order();
+    /// Gradients of x and of each input, `None` where nobody tracks it.
+    pub fn backward(&self, x: &Tensor, inputs: &[&Tensor], dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
         if x.elem_count() == 0 && self.merged().is_none() {
             // An empty block has no width to count parameters by, and nothing to sum.
-            let zeros = |arg: &&Tensor| wanted(Some(*arg)).map(Tensor::zeros_like).transpose();
-            return std::iter::once(&x).chain(affine).map(zeros).collect();
+            let zeros = |arg: &&Tensor| arg.track_op().then(|| arg.zeros_like()).transpose();
+            return std::iter::once(&x).chain(inputs).map(zeros).collect();
         }
-        let (dx, dweight, dbias) = if let Some(merged) = self.merged() {
-            if again {
-                merged.refuse_second_order(&self.norm)?;
+        let mut parts = self.held.clone();
+        for (input, tensor) in self.inputs.iter().zip(inputs) {
+            match input {
+                Input::Both => (parts.weight, parts.bias) = (Some(tensor.get(0)?), Some(tensor.get(1)?)),
+                Input::Weight => parts.weight = Some((*tensor).clone()),
+                Input::Bias => parts.bias = Some((*tensor).clone()),
+                Input::Skip => parts.skip = Some((*tensor).clone()),
+                Input::Gate => parts.gate = Some((*tensor).clone()),
             }
-            merged.backward(self.norm, x, weight, dy)?.into()
-        } else if again {
-            let [dx, dw, db] = composed::backward(x, dy, &self.norm, weight, self.fixed()?)?;
-            (Some(dx), Some(dw), Some(db))
-        } else {
-            let want = Want {
-                dx: x.track_op(),
-                dweight: wanted(weight).map(|t| t.dtype()),
-                dbias: wanted(bias).map(|t| t.dtype()),
-                ..Want::default()
+        }
+        let gradients = self.gradients(x, parts, dy)?;
+        let fit = |gradient: Option<Tensor>, arg: &Tensor| match gradient {
+            Some(gradient) => gradient.reshape(arg.shape())?.to_dtype(arg.dtype()).map(Some),
+            None => Ok(None),
+        };
+        let Gradients { dx, mut dweight, mut dbias, mut dskip, mut dgate } = gradients;
+        let mut all = vec![fit(dx.filter(|_| x.track_op()), x)?];
+        for (input, arg) in self.inputs.iter().zip(inputs) {
+            let gradient = match input {
+                Input::Weight => dweight.take(),
+                Input::Bias => dbias.take(),
+                Input::Skip => dskip.take(),
+                Input::Gate => dgate.take(),
+                Input::Both => match (dweight.take(), dbias.take()) {
+                    (Some(weight), Some(bias)) => Some(Tensor::stack(&[weight, bias], 0)?),
+                    _ => None,
+                },
             };
-            let gradients = self.kernel_backward(x, weight, dy, want)?;
-            (gradients.dx, gradients.dweight, gradients.dbias)
-        };
-        let fit = |gradient: Option<Tensor>, arg: Option<&Tensor>| match (gradient, wanted(arg)) {
-            (Some(gradient), Some(arg)) => gradient.reshape(arg.shape())?.to_dtype(arg.dtype()).map(Some),
-            _ => Ok(None),
-        };
-        let mut all = vec![fit(dx, Some(x))?];
-        all.extend(weight.map(|w| fit(dweight, Some(w))).transpose()?);
-        all.extend(bias.map(|b| fit(dbias, Some(b))).transpose()?);
+            all.push(fit(gradient, arg)?);
+        }
         Ok(all)
     }
 
-    fn kernel_backward(
-        &self,
-        x: &Tensor,
-        weight: Option<&Tensor>,
-        dy: &Tensor,
-        want: Want,
-    ) -> Result<crate::request::Gradients<Tensor>> {
+    /// Gradients of everything that is tracked, in any shape.
+    fn gradients(&self, x: &Tensor, parts: Parts<Tensor>, dy: &Tensor) -> Result<Gradients<Tensor>> {
+        let again = dy.track_op() || second_order();
+        if let Some(merged) = self.merged() {
+            if again {
+                merged.refuse_second_order(&self.norm)?;
+            }
+            return merged.backward(self.norm, x, parts.weight.as_ref(), dy);
+        }
+        if again {
+            if self.norm.fusion != Default::default() {
+                // `normalize` takes another road under the switch, which must be set before the forward.
+                bail!(
+                    "{}: gradients of gradients need CANDLE_GRAD_DO_NOT_DETACH at the forward",
+                    self.norm.name
+                )
+            }
+            let fixed = self.reads().map(|_| self.statistics()).transpose()?;
+            return composed::backward(x, dy, &self.norm, parts.weight.as_ref(), fixed);
+        }
+        let dtype_of = |input, t: &Option<Tensor>| {
+            let wanted = self.inputs.iter().any(|i| *i == input || *i == Input::Both);
+            t.as_ref().filter(|_| wanted).map(Tensor::dtype)
+        };
+        let want = Want {
+            dx: x.track_op(),
+            dweight: dtype_of(Input::Weight, &parts.weight),
+            dbias: dtype_of(Input::Bias, &parts.bias),
+            dskip: self.inputs.contains(&Input::Skip),
+            dgate: self.inputs.contains(&Input::Gate),
+        };
+        // They differ where a residual in another dtype was added to x.
+        let dtype = wider(x.dtype(), dy.dtype());
         device::backward(BackwardTensors {
             norm: self.norm,
-            x: &x.detach(),
-            dy: &dy.contiguous()?,
-            weight,
+            x: &x.detach().to_dtype(dtype)?,
+            dy: &dy.contiguous()?.to_dtype(dtype)?,
+            parts: &parts,
             stats: self.statistics()?,
             fixed: self.reads().is_some(),
             want,
@@ -262,8 +293,19 @@ impl NormOp {
     }
 }
 
-/// A storage with its layout, as candle hands out arguments.
-type Laid<'a, S> = (&'a S, &'a Layout);
+/// Puts an argument where it belongs; `both` is followed by its bias after `half` elements.
+fn place<'a, S>(parts: &mut Parts<Arg<'a, S>>, input: Input, arg: Arg<'a, S>, half: usize) {
+    match input {
+        Input::Weight => parts.weight = Some(arg),
+        Input::Bias => parts.bias = Some(arg),
+        Input::Skip => parts.skip = Some(arg),
+        Input::Gate => parts.gate = Some(arg),
+        Input::Both => {
+            parts.weight = Some(arg);
+            parts.bias = Some(Arg { offset: arg.offset + half, ..arg });
+        }
+    }
+}
 
 /// The rows of a statistics tensor `[3, sets]`.
 fn rows<'a, S>(stats: Arg<'a, S>, layout: &Layout) -> Result<Given<'a, S>> {
@@ -272,121 +314,20 @@ fn rows<'a, S>(stats: Arg<'a, S>, layout: &Layout) -> Result<Given<'a, S>> {
     Ok(Given { mean: row(0), mean_low: Some(row(1)), var: row(2) })
 }
 
+/// The narrowest dtype that holds both exactly.
+pub(super) fn wider(a: DType, b: DType) -> DType {
+    match (a, b) {
+        _ if a == b => a,
+        (DType::F64, _) | (_, DType::F64) => DType::F64,
+        _ => DType::F32,
+    }
+}
+
 /// candle keeps the graph of the backward when this is set, and then asks for gradients of gradients.
-fn second_order() -> bool {
+pub(super) fn second_order() -> bool {
     thread_local! {
         static SET: bool =
             std::env::var("CANDLE_GRAD_DO_NOT_DETACH").is_ok_and(|s| !s.is_empty() && s != "0");
     }
     SET.with(|set| *set)
-}
-
-fn two(gradients: Vec<Option<Tensor>>) -> (Option<Tensor>, Option<Tensor>) {
-    let mut gradients = gradients.into_iter();
-    (gradients.next().flatten(), gradients.next().flatten())
-}
-
-impl CustomOp1 for NormOp {
-    fn name(&self) -> &'static str {
-        self.norm.name
-    }
-
-    fn cpu_fwd(&self, s: &CpuStorage, l: &Layout) -> Result<(CpuStorage, Shape)> {
-        self.forward((s, l), &[])
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s: &candle_core::CudaStorage,
-        l: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.forward((s, l), &[])
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        Ok(self.backward(x, &[], dy)?.pop().flatten())
-    }
-}
-
-impl CustomOp2 for NormOp {
-    fn name(&self) -> &'static str {
-        self.norm.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.forward((s1, l1), &[(s2, l2)])
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &candle_core::CudaStorage,
-        l1: &Layout,
-        s2: &candle_core::CudaStorage,
-        l2: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.forward((s1, l1), &[(s2, l2)])
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        p: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        Ok(two(self.backward(x, &[p], dy)?))
-    }
-}
-
-impl CustomOp3 for NormOp {
-    fn name(&self) -> &'static str {
-        self.norm.name
-    }
-
-    fn cpu_fwd(
-        &self,
-        s1: &CpuStorage,
-        l1: &Layout,
-        s2: &CpuStorage,
-        l2: &Layout,
-        s3: &CpuStorage,
-        l3: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        self.forward((s1, l1), &[(s2, l2), (s3, l3)])
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        s1: &candle_core::CudaStorage,
-        l1: &Layout,
-        s2: &candle_core::CudaStorage,
-        l2: &Layout,
-        s3: &candle_core::CudaStorage,
-        l3: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        self.forward((s1, l1), &[(s2, l2), (s3, l3)])
-    }
-
-    fn bwd(
-        &self,
-        x: &Tensor,
-        w: &Tensor,
-        b: &Tensor,
-        _y: &Tensor,
-        dy: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let mut gradients = self.backward(x, &[w, b], dy)?;
-        let dbias = gradients.pop().flatten();
-        let (dx, dweight) = two(gradients);
-        Ok((dx, dweight, dbias))
-    }
 }

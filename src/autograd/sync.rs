@@ -13,8 +13,9 @@
 
 use super::device::{self, BackwardTensors};
 use super::op::{normalize, Source};
+use super::parts::Parts;
 use crate::distributed::ProcessGroup;
-use crate::request::{accumulation_dtype, Norm, Running};
+use crate::request::{accumulation_dtype, Gradients, Norm, Running, Want};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use std::sync::Arc;
 
@@ -23,13 +24,6 @@ use std::sync::Arc;
 pub(crate) struct Synchronized {
     pub group: Arc<dyn ProcessGroup>,
     pub layer: Arc<str>,
-}
-
-/// A call over all ranks: who they are, and the running statistics to move.
-pub(crate) struct Shared {
-    pub sync: Synchronized,
-    pub channels: usize,
-    pub running: Option<Running>,
 }
 
 /// Statistics of all ranks, and what the backward needs.
@@ -63,11 +57,11 @@ impl Synchronized {
 pub(crate) fn normalize_shared(
     norm: Norm,
     x: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    shared: Shared,
+    parts: Parts<Tensor>,
+    sync: Synchronized,
+    running: Option<Running>,
 ) -> Result<Tensor> {
-    let Shared { sync, channels, running } = shared;
+    let channels = norm.geometry.params();
     let message = sync.or_tell(message(&norm, &x.detach(), channels))?;
     let words = sync.words("statistics", channels, x);
     let gathered = sync.group.all_gather(&words, &message)?;
@@ -87,7 +81,7 @@ pub(crate) fn normalize_shared(
         empty = total == 0.0;
     }
     let moved = running.filter(|_| !empty).map(|running| (stats.clone(), count.clone(), running));
-    let y = normalize(norm, x, weight, bias, Source::Merged(Merged { sync, stats, count }))?;
+    let y = normalize(norm, x, parts, Source::Merged(Merged { sync, stats, count }))?;
     if let Some((stats, count, running)) = moved {
         move_running(&stats, &count, &running)?;
     }
@@ -197,25 +191,25 @@ fn move_running(stats: &Tensor, count: &Tensor, running: &Running) -> Result<()>
 }
 
 impl Merged {
-    /// `[dx, dweight, dbias]`: the sums of this rank are its dbias and dweight, those of all ranks
-    /// make dx. Nothing is exchanged where nobody tracks x.
+    /// The sums of this rank are its dbias and dweight, those of all ranks make dx. Nothing is exchanged
+    /// where nobody tracks x.
     pub fn backward(
         &self,
         norm: Norm,
         x: &Tensor,
         weight: Option<&Tensor>,
         dy: &Tensor,
-    ) -> Result<[Option<Tensor>; 3]> {
+    ) -> Result<Gradients<Tensor>> {
         let channels = self.stats.dim(1)?;
         let (tracked, x) = (x.track_op(), x.detach());
         let call = BackwardTensors {
             norm,
             x: &x,
             dy: &dy.contiguous()?,
-            weight,
+            parts: &Parts::affine(weight.cloned(), None),
             stats: &self.stats,
             fixed: false,
-            want: crate::request::Want { dx: tracked, ..Default::default() },
+            want: Want { dx: tracked, ..Default::default() },
         };
         let empty = x.elem_count() == 0;
         let sums = if empty {
@@ -223,9 +217,11 @@ impl Merged {
         } else {
             device::gradient_sums(&call)
         };
+        let affine = |sums: &Tensor| -> Result<Gradients<Tensor>> {
+            Ok(Gradients { dweight: Some(sums.get(1)?), dbias: Some(sums.get(0)?), ..Gradients::default() })
+        };
         if !tracked {
-            let sums = sums?;
-            return Ok([None, Some(sums.get(1)?), Some(sums.get(0)?)]);
+            return affine(&sums?);
         }
         let sums = self.sync.or_tell(sums)?;
         let all = self.sync.group.all_reduce_sum(&self.sync.words("gradient sums", channels, &x), &sums)?;
@@ -235,7 +231,7 @@ impl Merged {
             // Divided here, because on a GPU the count is known to the device alone.
             device::input_gradient(&call, &all.broadcast_div(&self.count)?, 1.0)?
         };
-        Ok([Some(dx), Some(sums.get(1)?), Some(sums.get(0)?)])
+        Ok(Gradients { dx: Some(dx), ..affine(&sums)? })
     }
 
     /// Refuses a gradient that would be differentiated again.

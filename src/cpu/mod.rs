@@ -61,7 +61,7 @@ macro_rules! by_dtype {
 // With the emulation, CPU tensors run through the CUDA kernels instead.
 #[cfg(not(feature = "cuda-emulation"))]
 impl crate::kernels::Kernels for CpuStorage {
-    fn fuses(norm: &Norm) -> bool {
+    fn fuses(norm: &Norm, _: DType) -> bool {
         norm.fusion == Fusion::default() && norm.x_blocks.is_none()
     }
 
@@ -70,6 +70,13 @@ impl crate::kernels::Kernels for CpuStorage {
     }
 
     fn unwrap(storage: &Storage) -> Option<&Self> {
+        match storage {
+            Storage::Cpu(storage) => Some(storage),
+            _ => None,
+        }
+    }
+
+    fn into_own(storage: Storage) -> Option<Self> {
         match storage {
             Storage::Cpu(storage) => Some(storage),
             _ => None,

@@ -23,7 +23,7 @@ use plan::{BackwardNeeds, ForwardNeeds, Plan, Request};
 macro_rules! kernels {
     ($storage:ty, $variant:ident, |$of:ident| $machine:expr) => {
         impl $crate::kernels::Kernels for $storage {
-            fn fuses(norm: &Norm) -> bool {
+            fn fuses(norm: &Norm, _: DType) -> bool {
                 norm.fusion == $crate::fusion::Fusion::default() && norm.x_blocks.is_none()
             }
 
@@ -32,6 +32,13 @@ macro_rules! kernels {
             }
 
             fn unwrap(storage: &Storage) -> Option<&Self> {
+                match storage {
+                    Storage::$variant(storage) => Some(storage),
+                    _ => None,
+                }
+            }
+
+            fn into_own(storage: Storage) -> Option<Self> {
                 match storage {
                     Storage::$variant(storage) => Some(storage),
                     _ => None,

@@ -24,6 +24,16 @@ pub fn all(case: &Case, got: &Outcome, expected: Expected, times: f64) -> Result
     if case.bias {
         one("dbias", got.dbias.as_ref(), &params, case.params, &expected.dbias, times)?;
     }
+    if let Some(residual) = case.fusion.residual {
+        one("sum", got.sum.as_ref(), &case.dims, residual, &expected.sum, 0.0)?;
+        one("dresidual", got.dresidual.as_ref(), &case.dims, residual, &expected.dresidual, times)?;
+    }
+    if case.fusion.skip {
+        one("dskip", got.dskip.as_ref(), &case.dims, case.dtype, &expected.dskip, times)?;
+    }
+    if case.fusion.gate.is_some() {
+        one("dgate", got.dgate.as_ref(), &case.dims, case.dtype, &expected.dgate, times)?;
+    }
     if let (Some((mean, var)), Some(dtype)) = (&got.running, case.running) {
         numbers("running_mean", mean, dtype, &expected.running_mean, times)?;
         numbers("running_var", var, dtype, &expected.running_var, times)?;

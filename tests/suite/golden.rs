@@ -98,6 +98,7 @@ impl Golden {
                 weight: self.get(&spec["weight"]),
                 bias: self.get(&spec["bias"]),
                 running: running.clone(),
+                ..Arguments::default()
             };
             let got = case.run(&args).map_err(|e| e.to_string())?;
             let mut expected = oracle::evaluate_with_rounded_mean(&case, &args);

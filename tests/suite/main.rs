@@ -21,6 +21,8 @@ mod drop_in_fold;
 mod empty;
 mod errors;
 mod finite_differences;
+mod fused;
+mod fusion_oracle;
 mod golden;
 mod identities;
 mod layers;

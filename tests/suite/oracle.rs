@@ -12,6 +12,7 @@
 
 use crate::case::{Arguments, Case, Norm};
 use crate::common::{accumulation, underflow, unit_roundoff};
+use crate::fusion_oracle as around;
 use candle_core::DType;
 
 /// A value and the bound on its error before it is rounded to its dtype.
@@ -44,6 +45,10 @@ pub struct Expected {
     pub dbias: Vec<Approx>,
     pub running_mean: Vec<Approx>,
     pub running_var: Vec<Approx>,
+    pub sum: Vec<Approx>,
+    pub dresidual: Vec<Approx>,
+    pub dskip: Vec<Approx>,
+    pub dgate: Vec<Approx>,
 }
 
 impl Norm {
@@ -59,6 +64,7 @@ impl Norm {
                 let n: usize = dims[dims.len() - normalized..].iter().product();
                 (i / n, i % n)
             }
+            Norm::Channels { .. } => (at(0) * below(1) + i % below(1), at(1)),
         }
     }
 
@@ -70,11 +76,12 @@ impl Norm {
             Norm::Layer { normalized } | Norm::Rms { normalized } => {
                 dims[..dims.len() - normalized].iter().product()
             }
+            Norm::Channels { .. } => dims[0] * dims[2..].iter().product::<usize>(),
         }
     }
 
     fn centers(&self) -> bool {
-        !matches!(self, Norm::Rms { .. })
+        !matches!(self, Norm::Rms { .. } | Norm::Channels { center: false })
     }
 
     /// Whether the statistics are given rather than the input's own.
@@ -101,6 +108,8 @@ struct Set {
     shift: f64,
     /// Relative error of rstd, over `u`.
     spread: f64,
+    /// Error of x itself, over `u`.
+    blur: f64,
 }
 
 /// Whether a mean is kept to the last bit, or rounded to the accumulation dtype as PyTorch's.
@@ -165,32 +174,79 @@ pub fn evaluate_with_rounded_mean(case: &Case, args: &Arguments) -> Expected {
 }
 
 fn evaluate_with(case: &Case, args: &Arguments, mean: Mean) -> Expected {
-    let place: Vec<_> = (0..args.x.len()).map(|i| case.norm.place(&case.dims, i)).collect();
-    let sets = statistics(case, args, &place, mean);
+    let place: Vec<_> = (0..args.x.len()).map(|i| case.place(i)).collect();
+    let x = around::before(case, args);
+    let weight = args.weight.as_ref().map(|w| w.iter().map(|w| w + case.offset()).collect());
+    let inner = Arguments { x: x.iter().map(|x| x.value).collect(), weight, ..args.clone() };
+    let mut sets = statistics(case, &inner, &place, mean);
     let u = arithmetic(case.dtype);
-    let weight = |p: usize| args.weight.as_ref().map_or(1.0, |w| w[p]);
+    for (x, &(s, _)) in x.iter().zip(&place) {
+        // Errors of x beside those of the subtraction.
+        sets[s].blur = sets[s].blur.max(x.bound / u);
+    }
+    for set in &mut sets {
+        set.shift += 2.0 * set.blur;
+        set.spread += 2.0 * set.blur * set.rstd;
+    }
+    let weight = |p: usize| inner.weight.as_ref().map_or(1.0, |w| w[p]);
     let bias = |p: usize| args.bias.as_ref().map_or(0.0, |b| b[p]);
-    let y = place.iter().zip(&args.x).map(|(&(s, p), &x)| {
+    let z = place.iter().zip(&inner.x).map(|(&(s, p), &x)| {
         let (set, w) = (sets[s], weight(p));
         let d = x - set.mean - set.low;
         let value = d * set.rstd * w + bias(p);
         let bound = (set.spread + 4.0) * d.abs() + set.shift;
         Approx { value, bound: u * (w.abs() * set.rstd * bound + 2.0 * bias(p).abs()) }
     });
-    let (dweight, dbias) = parameter_gradients(case, args, &place, &sets);
+    let after = around::after(case, args, z.collect());
+    let inner = Arguments { dy: after.dz.iter().map(|dz| dz.value).collect(), ..inner };
+    let (mut dweight, mut dbias) = parameter_gradients(case, &inner, &place, &sets);
+    let mut dx = input_gradient(case, &inner, &place, &sets);
+    blur(case, &inner, &place, &sets, &after.dz, [&mut dx, &mut dweight, &mut dbias]);
     let (running_mean, running_var) = running(case, args, &sets);
+    let back = around::back(case, args, dx);
     Expected {
-        y: y.collect(),
-        dx: input_gradient(case, args, &place, &sets),
+        y: after.y,
+        dx: back.dx,
         dweight,
         dbias,
         running_mean,
         running_var,
+        sum: x,
+        dresidual: back.dresidual,
+        dskip: after.dz,
+        dgate: if after.dgate.is_empty() { back.dgate } else { after.dgate },
+    }
+}
+
+/// Adds to the bounds of gradients what comes of those of `dz`.
+fn blur(
+    case: &Case,
+    args: &Arguments,
+    place: &[(usize, usize)],
+    sets: &[Set],
+    dz: &[Approx],
+    [dx, dweight, dbias]: [&mut [Approx]; 3],
+) {
+    let weight = |p: usize| args.weight.as_ref().map_or(1.0, |w| w[p].abs());
+    // Means over a set of |w e| and |w e xhat|.
+    let mut means = vec![[0.0; 2]; sets.len()];
+    let xhat = |i: usize, set: &Set| ((args.x[i] - set.mean) * set.rstd).abs();
+    for (i, &(s, p)) in place.iter().enumerate() {
+        let (set, error) = (&sets[s], weight(p) * dz[i].bound);
+        means[s][0] += error / set.len as f64;
+        means[s][1] += error * xhat(i, set) / set.len as f64;
+        dweight[p].bound += dz[i].bound * xhat(i, set);
+        dbias[p].bound += dz[i].bound;
+    }
+    for (i, &(s, p)) in place.iter().enumerate() {
+        let set = &sets[s];
+        let through = if case.norm.fixed() { 0.0 } else { means[s][0] + xhat(i, set) * means[s][1] };
+        dx[i].bound += set.rstd * (weight(p) * dz[i].bound + through);
     }
 }
 
 /// Unit roundoff of the arithmetic inside; the oracle's own counts where that is f64 as well.
-fn arithmetic(dtype: DType) -> f64 {
+pub fn arithmetic(dtype: DType) -> f64 {
     unit_roundoff(accumulation(dtype)) + unit_roundoff(DType::F64)
 }
 

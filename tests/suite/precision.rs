@@ -52,6 +52,7 @@ fn of_row(row: &Value) -> (Case, Arguments) {
         weight: Some(data(2, params, 1.0, 0.5)),
         bias: case.bias.then(|| data(3, params, 0.0, 1.0)),
         running: None,
+        ..Arguments::default()
     };
     (case, args)
 }

@@ -20,7 +20,9 @@ fn norm(norm: Norm, x: &Tensor, weight: &Tensor, bias: &Tensor, running: &(Var, 
         }
         Norm::Group { groups } => f::group_norm(&split()?, groups, w, b, 1e-5)?,
         Norm::Layer { .. } => f::layer_norm(x, &[HIDDEN], w, b, 1e-5)?,
-        Norm::Rms { .. } => f::rms_norm(x, &[HIDDEN], w, 1e-5)?.broadcast_add(bias)?,
+        Norm::Rms { .. } | Norm::Channels { .. } => {
+            f::rms_norm(x, &[HIDDEN], w, 1e-5)?.broadcast_add(bias)?
+        }
     };
     y.reshape((n, HIDDEN))
 }

@@ -4,7 +4,8 @@
 //! alone, which adds a zero-filled tensor and an addition for every gradient; how fast the op is can
 //! only be seen without them.
 
-use super::op::{attach, NormOp, Source};
+use super::op::{NormOp, Source};
+use super::parts::Parts;
 use crate::geometry::{self, Channels};
 use crate::request::Norm;
 use candle_core::{bail, Result, Tensor};
@@ -24,13 +25,13 @@ pub enum Kind {
 }
 
 /// An op that has run forward once, so that its statistics are there.
-pub struct Alone {
+pub struct RecordedOp {
     op: NormOp,
     x: Tensor,
-    affine: Vec<Tensor>,
+    inputs: Vec<Tensor>,
 }
 
-impl Alone {
+impl RecordedOp {
     /// Runs the forward as the functions of `functional` do, whose checks it leaves out.
     ///
     /// # Errors
@@ -50,24 +51,24 @@ impl Alone {
         };
         let geometry = match placed {
             Some(placed) if placed.order.is_none() => placed.geometry,
-            _ => bail!("alone: input has strides {stride:?}, expected a contiguous one"),
+            _ => bail!("bench: input has strides {stride:?}, expected a contiguous one"),
         };
-        let norm = Norm::new("alone", geometry, eps);
-        let new = || NormOp::new(norm, x, weight, bias, Source::Input(None));
-        // The op that goes into the graph fills the cell that both share.
-        let (graph, mut op) = (new(), new());
-        op.saved = graph.saved.clone();
-        attach(graph, x, weight, bias)?;
-        let affine = [weight, bias].into_iter().flatten().cloned().collect();
-        Ok(Self { op, x: x.clone(), affine })
+        let norm = Norm::new("bench", geometry, eps);
+        let parts = || Parts::affine(weight.cloned(), bias.cloned());
+        let (op, inputs) = NormOp::new(norm, x, parts(), Source::Input(None))?;
+        // The op that goes into the graph fills the cells that both share.
+        let (mut graph, _) = NormOp::new(norm, x, parts(), Source::Input(None))?;
+        graph.saved = op.saved.clone();
+        graph.apply(x, &inputs)?;
+        Ok(Self { op, x: x.clone(), inputs })
     }
 
-    /// Gradients of x, weight and bias, `None` where the argument is not tracked.
+    /// Gradients of x and of what else is tracked, in the order weight, bias.
     ///
     /// # Errors
     /// What the backward returns.
     pub fn backward(&self, dy: &Tensor) -> Result<Vec<Option<Tensor>>> {
-        let affine: Vec<&Tensor> = self.affine.iter().collect();
-        self.op.backward(&self.x, &affine, dy)
+        let inputs: Vec<&Tensor> = self.inputs.iter().collect();
+        self.op.backward(&self.x, &inputs, dy)
     }
 }
