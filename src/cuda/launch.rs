@@ -253,9 +253,9 @@ impl Machine for CudaMachine {
             bail!("cuda: running statistics are not on the GPU")
         };
         run(Some(RunningAddresses {
-            mean: self.address(&Arg::new(mean, mean_layout))?,
+            mean: self.address(&Arg { storage: mean, offset: mean_layout.start_offset() })?,
             mean_dtype: mean.dtype(),
-            var: self.address(&Arg::new(var, var_layout))?,
+            var: self.address(&Arg { storage: var, offset: var_layout.start_offset() })?,
             var_dtype: var.dtype(),
         }))
     }
