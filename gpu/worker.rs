@@ -7,11 +7,11 @@
 
 use anyhow::{bail, Context, Result};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{sys, CudaEvent, CudaStream};
 use candle_core::{CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Shape, Tensor, Var};
 use candle_nn::{Module, ModuleT};
 use candle_norm::__bench::{Kind, RecordedOp};
 use candle_norm::functional as norm;
+use cudarc::driver::{sys, CudaEvent, CudaStream};
 use serde_json::{json, Value};
 use std::collections::{HashMap, VecDeque};
 use std::io::{BufRead, Write};

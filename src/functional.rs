@@ -1,9 +1,6 @@
 //! The norms as stateless functions, with `torch.nn.functional`'s names, order of arguments and
 //! meaning.
 //!
-//! Apart from the layers, which hold parameters, and from `autograd`, which takes arguments as
-//! correct: here every argument is checked, once, and every tensor gets its geometry, once.
-//!
 //! All functions take inputs of dtype f16, bf16, f32 or f64 and parameters of any of these. They
 //! accumulate in f32 (f64 for f64 inputs), round once, and return the input's shape and dtype. An input
 //! that is a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
@@ -18,15 +15,30 @@
 //!
 //! Every function refuses another dtype than these four, a shape that does not fit, tensors on different
 //! devices and a negative or NaN `eps`. With running statistics: one of the two without the other, a
-//! `momentum` outside `0..=1`, statistics that are not contiguous or lie in another argument's memory.
+//! `momentum` outside `0..=1`, statistics that are not contiguous, lie in another argument's memory or are
+//! one variable.
+
+// Apart from the layers, which hold parameters, and from `autograd`, which takes arguments as
+// correct: here every argument is checked, once, and every tensor gets its geometry, once.
 
 use crate::autograd::{normalize, normalize_shared, Parts, Source, Synchronized};
 use crate::fusion::Fusion;
 use crate::geometry::{self, Channels, Placed};
-use crate::request::{Norm, Running};
+use crate::request::Norm;
 use candle_core::{bail, Result, Tensor, Var};
 
+mod checks;
 pub mod fused;
+mod last_dim;
+mod metal;
+
+use checks::{
+    apart, channels_hint, check_affine, check_channels, check_input, check_param, check_running,
+    RunningStatistics,
+};
+
+pub(crate) use checks::{check_momentum, OWN};
+pub(crate) use last_dim::last_dim;
 
 /// Batch normalization of `[N, C, ..]` over every dimension but the channels.
 ///
@@ -85,7 +97,7 @@ fn batch_norm_around(
     let running = check_running(op, input, channels, running)?;
     let per_channel = input.elem_count().checked_div(channels).unwrap_or(0);
     if training && per_channel == 1 {
-        bail!("{op}: expected more than 1 value per channel when training, got input size {:?}", input.dims())
+        bail!("{op}: expected more than 1 value per channel {OWN}, got input size {:?}", input.dims())
     }
     let source = match (training, running) {
         (true, running) => Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?),
@@ -198,7 +210,7 @@ fn instance_norm_around(
         return apply_channels(op, input, Channels::Batch, weight, bias, eps, given, around);
     }
     if input.dims()[2..].iter().product::<usize>() == 1 {
-        bail!("{op}: expected more than 1 spatial element when training, got input size {:?}", input.dims())
+        bail!("{op}: expected more than 1 spatial element {OWN}, got input size {:?}", input.dims())
     }
     let source = Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?);
     apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, source, around)
@@ -388,6 +400,10 @@ pub(crate) fn apply_layer(
     eps: f64,
     center: bool,
 ) -> Result<Tensor> {
+    if let ([_], Some(y)) = (shape, metal::fused(input, weight, bias, eps, center)) {
+        check_layer(op, input, shape, eps)?;
+        return y;
+    }
     layer_around(op, input, shape, weight, bias, eps, center, Around::default())
 }
 
@@ -414,7 +430,8 @@ fn layer_around(
 fn check_layer(op: &str, input: &Tensor, shape: &[usize], eps: f64) -> Result<()> {
     check_input(op, input, eps)?;
     if shape.is_empty() || !input.dims().ends_with(shape) {
-        bail!("{op}: input has shape {:?}, expected its last dimensions to be {shape:?}", input.dims())
+        let (dims, hint) = (input.dims(), channels_hint(op, input, shape));
+        bail!("{op}: input has shape {dims:?}, expected its last dimensions to be {shape:?}{hint}")
     }
     Ok(())
 }
@@ -434,19 +451,6 @@ fn apply_channels(
     check_param(op, "skip", input, around.skip, input.dims())?;
     let place = |x: &Tensor| geometry::channels(x.dims(), x.stride(), sets);
     apply(op, input, place, weight, bias, eps, source, around)
-}
-
-fn check_affine(
-    op: &str,
-    input: &Tensor,
-    weight: Option<&Tensor>,
-    bias: Option<&Tensor>,
-    eps: f64,
-) -> Result<()> {
-    check_input(op, input, eps)?;
-    let shape = [input.dim(1)?];
-    check_param(op, "weight", input, weight, &shape)?;
-    check_param(op, "bias", input, bias, &shape)
 }
 
 /// What stands around a norm: tensors of the input's shape, and the fusion that says what they do.
@@ -540,98 +544,4 @@ fn dense(name: &str, input: &Tensor, place: impl Fn(&Tensor) -> Option<Placed>) 
         Some(placed) => Ok((input, placed)),
         None => bail!("{name}: no geometry for a contiguous input of shape {:?}", input.dims()),
     }
-}
-
-fn check_input(op: &str, input: &Tensor, eps: f64) -> Result<()> {
-    check_dtype(op, "input", input)?;
-    if eps.is_nan() || eps < 0.0 {
-        bail!("{op}: eps must not be negative, got {eps}")
-    }
-    Ok(())
-}
-
-fn check_dtype(op: &str, what: &str, tensor: &Tensor) -> Result<()> {
-    if !crate::autograd::DTYPES.contains(&tensor.dtype()) {
-        bail!("{op}: {what} has dtype {:?}, expected one of f16, bf16, f32, f64", tensor.dtype())
-    }
-    Ok(())
-}
-
-/// Number of channels of an input `[N, C, ..]`.
-fn check_channels(op: &str, input: &Tensor, rank: usize) -> Result<usize> {
-    if input.rank() < rank {
-        bail!("{op}: input has shape {:?}, expected at least {rank} dimensions", input.dims())
-    }
-    input.dim(1)
-}
-
-fn check_param(op: &str, what: &str, input: &Tensor, param: Option<&Tensor>, shape: &[usize]) -> Result<()> {
-    let Some(param) = param else { return Ok(()) };
-    check_dtype(op, what, param)?;
-    if param.dims() != shape {
-        bail!("{op}: {what} has shape {:?}, expected {shape:?}", param.dims())
-    }
-    check_device(op, what, input, param)
-}
-
-fn check_device(op: &str, what: &str, input: &Tensor, other: &Tensor) -> Result<()> {
-    let (expected, got) = (input.device().location(), other.device().location());
-    if expected != got {
-        bail!("{op}: {what} is on {got:?}, expected the input's device {expected:?}")
-    }
-    Ok(())
-}
-
-/// Running statistics as they are passed in.
-#[derive(Clone, Copy)]
-struct RunningStatistics<'a> {
-    mean: Option<&'a Var>,
-    var: Option<&'a Var>,
-    momentum: f64,
-}
-
-fn check_running(
-    op: &str,
-    input: &Tensor,
-    channels: usize,
-    RunningStatistics { mean, var, momentum }: RunningStatistics,
-) -> Result<Option<Running>> {
-    let (mean, var) = match (mean, var) {
-        (Some(mean), Some(var)) => (mean, var),
-        (None, None) => return Ok(None),
-        _ => bail!("{op}: expected both of running_mean and running_var or neither, got one"),
-    };
-    check_param(op, "running_mean", input, Some(mean), &[channels])?;
-    check_param(op, "running_var", input, Some(var), &[channels])?;
-    check_momentum(op, momentum)?;
-    for (what, var) in [("running_mean", mean), ("running_var", var)] {
-        if !var.is_contiguous() {
-            bail!("{op}: {what} has strides {:?}, expected a contiguous variable", var.stride())
-        }
-    }
-    Ok(Some(Running { mean: mean.clone(), var: var.clone(), momentum }))
-}
-
-pub(crate) fn check_momentum(op: &str, momentum: f64) -> Result<()> {
-    if !(0.0..=1.0).contains(&momentum) {
-        bail!("{op}: momentum must be between 0 and 1, got {momentum}")
-    }
-    Ok(())
-}
-
-/// Refuses running statistics that lie in an argument's memory: candle holds a read lock on it while
-/// the op runs, and writing them would wait for that lock for ever.
-fn apart(op: &str, running: Option<Running>, args: &[Option<&Tensor>]) -> Result<Option<Running>> {
-    let Some(running) = running else { return Ok(None) };
-    for arg in args.iter().flatten() {
-        if same_storage(arg, &running.mean) || same_storage(arg, &running.var) {
-            bail!("{op}: expected running statistics in memory of their own, got an argument's")
-        }
-    }
-    Ok(Some(running))
-}
-
-fn same_storage(a: &Tensor, b: &Tensor) -> bool {
-    let address = |t: &Tensor| std::ptr::from_ref(&*t.storage_and_layout().0).addr();
-    address(a) == address(b)
 }

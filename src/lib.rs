@@ -72,7 +72,7 @@ pub mod ops;
 mod request;
 
 pub use layers::batch_norm::{batch_norm, batch_norm1d, batch_norm2d, batch_norm3d};
-pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions};
+pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, FrozenBatchNorm};
 pub use layers::group_norm::{group_norm, GroupNorm, GroupNormOptions};
 pub use layers::instance_norm::{instance_norm, instance_norm1d, instance_norm2d, instance_norm3d};
 pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions};
@@ -81,7 +81,7 @@ pub use layers::layer_norm::{LayerNorm, LayerNormConfig, LayerNormOptions};
 pub use layers::rms_norm::{rms_norm, RmsNorm, RmsNormOptions};
 pub use layers::sync_batch_norm::{convert_sync_batchnorm, revert_sync_batchnorm, BatchNorms, SyncBatchNorm};
 pub use layers::{
-    batch_norm, group_norm, instance_norm, layer_norm, rms_norm, sync_batch_norm, FoldBatchNorm,
+    batch_norm, group_norm, instance_norm, layer_norm, rms_norm, sync_batch_norm, Eval, FoldBatchNorm,
 };
 
 /// candle-nn's traits, which the layers implement.

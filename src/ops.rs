@@ -1,11 +1,13 @@
-//! candle-nn's `ops` with its norms replaced: the same names and signatures, differentiable, for any
-//! memory order (the output is contiguous) and for weights of another dtype than the input's.
+//! candle-nn's `ops` with its norms replaced: the same names, signatures and meaning, differentiable, for
+//! any memory order (the output is contiguous) and for weights of another dtype than the input's.
 //!
-//! Apart from `functional`, whose functions take PyTorch's arguments. The rest of candle-nn's `ops` is
-//! passed on, so that `use candle_norm::ops` can stand for `use candle_nn::ops`.
+//! The weight and the bias broadcast against the input, as in candle-nn's `_slow` functions. A weight `[n]`
+//! is the fast one, with any number of ones before. PyTorch's arguments are those of
+//! [`functional`]. The rest of candle-nn's `ops` is passed on, so that
+//! `use candle_norm::ops` can stand for `use candle_nn::ops`.
 
 use crate::functional;
-use candle_core::{bail, Result, Tensor};
+use candle_core::{Result, Tensor};
 
 #[doc(no_inline)]
 pub use candle_nn::ops::*;
@@ -17,7 +19,7 @@ pub use candle_nn::ops::*;
 /// ```
 ///
 /// # Errors
-/// `alpha` or `beta` that is not `[n]` for an input `[.., n]`.
+/// `alpha` or `beta` that does not broadcast against the input, a negative `eps`, a scalar input.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -29,8 +31,7 @@ pub use candle_nn::ops::*;
 /// # Ok(()) }
 /// ```
 pub fn layer_norm(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Result<Tensor> {
-    let last = last_dim("layer-norm", xs)?;
-    functional::layer_norm(xs, &[last], Some(alpha), Some(beta), eps.into())?.contiguous()
+    functional::last_dim("layer-norm", xs, Some(alpha), Some(beta), eps.into(), true)
 }
 
 /// [`layer_norm`] under the name of candle-nn's differentiable one.
@@ -48,7 +49,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 /// ```
 ///
 /// # Errors
-/// `alpha` that is not `[n]` for an input `[.., n]`.
+/// `alpha` that does not broadcast against the input, a negative `eps`, a scalar input.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -59,8 +60,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 /// # Ok(()) }
 /// ```
 pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
-    let last = last_dim("rms-norm", xs)?;
-    functional::rms_norm(xs, &[last], Some(alpha), eps.into())?.contiguous()
+    functional::last_dim("rms-norm", xs, Some(alpha), None, eps.into(), false)
 }
 
 /// [`rms_norm`] under the name of candle-nn's differentiable one.
@@ -69,11 +69,4 @@ pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
 /// As [`rms_norm`].
 pub fn rms_norm_slow(x: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
     rms_norm(x, alpha, eps)
-}
-
-fn last_dim(op: &str, xs: &Tensor) -> Result<usize> {
-    match xs.dims().last() {
-        Some(&last) => Ok(last),
-        None => bail!("{op}: input is a scalar, expected at least one dimension"),
-    }
 }

@@ -273,7 +273,7 @@ impl NormOp {
             t.as_ref().filter(|_| wanted).map(Tensor::dtype)
         };
         let want = Want {
-            dx: x.track_op(),
+            dx: x.track_op() && !self.is_constant(),
             dweight: dtype_of(Input::Weight, &parts.weight),
             dbias: dtype_of(Input::Bias, &parts.bias),
             dskip: self.inputs.contains(&Input::Skip),
@@ -281,15 +281,27 @@ impl NormOp {
         };
         // They differ where a residual in another dtype was added to x.
         let dtype = wider(x.dtype(), dy.dtype());
-        device::backward(BackwardTensors {
+        let (x, dy) = (x.detach().to_dtype(dtype)?, dy.contiguous()?.to_dtype(dtype)?);
+        let gradients = device::backward(BackwardTensors {
             norm: self.norm,
-            x: &x.detach().to_dtype(dtype)?,
-            dy: &dy.contiguous()?.to_dtype(dtype)?,
+            x: &x,
+            dy: &dy,
             parts: &parts,
             stats: self.statistics()?,
             fixed: self.reads().is_some(),
             want,
-        })
+        })?;
+        if self.is_constant() {
+            // Zero, and NaN where x or dy is no number.
+            return Ok(Gradients { dx: Some((x.affine(0.0, 0.0)? * dy)?), ..gradients });
+        }
+        Ok(gradients)
+    }
+
+    /// Whether y does not depend on x: the mean of a set of one element is that element.
+    fn is_constant(&self) -> bool {
+        let g = &self.norm.geometry;
+        g.center && g.set_len() == 1 && matches!(self.source, Source::Input(_))
     }
 }
 

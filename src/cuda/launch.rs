@@ -21,13 +21,13 @@ use super::params::Params;
 use super::plan::{DeviceProperties, Launch};
 use crate::request::{Arg, Running};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{result, sys};
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
-};
-use candle_core::cuda_backend::cudarc::nvrtc::Ptx;
 use candle_core::cuda_backend::{CudaDType, CudaStorageSlice as Slice};
 use candle_core::{bail, Context, CudaDevice, CudaStorage, DType, Result, Storage};
+use cudarc::driver::{result, sys};
+use cudarc::driver::{
+    CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
+};
+use cudarc::nvrtc::Ptx;
 use half::{bf16, f16};
 use std::ffi::c_void;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};

@@ -1,9 +1,8 @@
-//! The host side of the CUDA kernels: what runs for a call, and on which machine.
-//!
-//! `plan` decides, in pure arithmetic; a `Machine` runs it: a CUDA device, or the host for which a
-//! C++ compiler has compiled the same kernels. The ops here serve both.
-//!
-//! To a user of the crate the module has one function, `warmup`.
+//! CUDA, for who wants to say when its kernels are loaded: [`warmup`].
+
+// The host side of the kernels: what runs for a call, and on which machine. `plan` decides, in pure
+// arithmetic; a `Machine` runs it: a CUDA device, or the host for which a C++ compiler has compiled the
+// same kernels. The ops here serve both.
 
 mod entry;
 #[cfg(feature = "cuda")]

@@ -1,6 +1,6 @@
 //! Several processes, threads or GPUs training one model: the collectives they need, on four engines.
 //!
-//! Apart, because the norms need two operations of a group of ranks and must not care who carries them:
+//! The norms need two operations of a group of ranks, whoever carries them:
 //!
 //! | engine | feature | ranks are | device tensors |
 //! |---|---|---|---|

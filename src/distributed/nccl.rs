@@ -8,11 +8,11 @@
 
 use super::tcp::env_number;
 use super::{check_root, describe, error, lock, Kind, ProcessGroup, TcpGroup};
-use candle_core::cuda_backend::cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
-use candle_core::cuda_backend::cudarc::nccl::{result, sys};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaStorage, DType, Device, Layout, Result, Storage, Tensor};
+use cudarc::driver::{DevicePtr, DevicePtrMut, DeviceRepr};
+use cudarc::nccl::{result, sys};
 use half::{bf16, f16};
 use std::ffi::{c_char, c_int, c_void, CStr};
 use std::sync::{Arc, Mutex};

@@ -24,6 +24,7 @@
 //! Besides those of the plain function: a `residual`, `skip` or `gate` that has not the input's shape, a
 //! `skip` or `gate` that has not its dtype.
 
+use super::checks::{check_device, check_dtype};
 use super::*;
 use crate::autograd::add_normalize;
 use crate::fusion::{Activation as FusedActivation, Gate};

@@ -5,7 +5,7 @@
 
 use super::batch_norm::BatchNorm;
 use candle_core::{bail, DType, Result, Tensor};
-use candle_nn::{Conv1d, Conv2d, Linear};
+use candle_nn::{Conv1d, Conv2d, ConvTranspose1d, ConvTranspose2d, Linear};
 
 /// A linear map that can take the batch norm behind it into its weight and bias.
 ///
@@ -62,6 +62,37 @@ impl FoldBatchNorm for Linear {
         let (weight, bias) = fold(self.weight(), self.bias(), bn)?;
         Ok(Self::new(weight, Some(bias)))
     }
+}
+
+impl FoldBatchNorm for ConvTranspose1d {
+    fn fold_batch_norm(&self, bn: &BatchNorm) -> Result<Self> {
+        let groups = self.config().groups;
+        let (weight, bias) = fold_transposed(self.weight(), self.bias(), groups, bn)?;
+        Ok(Self::new(weight, Some(bias), *self.config()))
+    }
+}
+
+impl FoldBatchNorm for ConvTranspose2d {
+    fn fold_batch_norm(&self, bn: &BatchNorm) -> Result<Self> {
+        let (weight, bias) = fold_transposed(self.weight(), self.bias(), 1, bn)?;
+        Ok(Self::new(weight, Some(bias), *self.config()))
+    }
+}
+
+/// As [`fold`], of a weight `[in, out / groups, ..]`.
+fn fold_transposed(
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    groups: usize,
+    bn: &BatchNorm,
+) -> Result<(Tensor, Tensor)> {
+    let (dims, rest) = (weight.dims(), &weight.dims()[2..]);
+    let blocks = [&[groups, dims[0] / groups, dims[1]], rest].concat();
+    let rows = weight.reshape(blocks)?.transpose(1, 2)?.flatten(0, 1)?;
+    let (folded, bias) = fold(&rows, bias, bn)?;
+    let blocks = [&[groups, dims[1], dims[0] / groups], rest].concat();
+    let folded = folded.reshape(blocks)?.transpose(1, 2)?.contiguous()?.reshape(dims)?;
+    Ok((folded, bias))
 }
 
 /// Weight `[out, ..]` and bias `[out]` with `bn` folded in; computed in f32, or f64 for f64.

@@ -24,7 +24,7 @@
 
 use super::options::options;
 use super::params::{self, check_eps};
-use super::repr::{truth, Float};
+use super::repr::{no_bias, truth, Float};
 use crate::functional;
 use candle_core::{bail, Result, Tensor};
 use candle_nn::{Module, VarBuilder};
@@ -42,6 +42,8 @@ options! {
         eps: f64 = 1e-5,
         /// Whether there are a weight and a bias; default true.
         affine: bool = true,
+        /// Whether an affine layer has a bias besides its weight; default true.
+        bias: bool = true,
     }
 }
 
@@ -85,22 +87,50 @@ impl GroupNorm {
         options: impl Into<GroupNormOptions>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let GroupNormOptions { eps, affine } = options.into();
-        check_groups(num_groups, num_channels)?;
-        check_eps("group-norm", eps)?;
-        let (weight, bias) = if affine {
-            let weight = params::weight(&vb, num_channels, "weight")?;
-            (Some(weight), Some(params::bias(&vb, num_channels, "bias")?))
-        } else {
-            (None, None)
-        };
+        let GroupNormOptions { eps, affine, bias } = options.into();
+        check(num_groups, num_channels, eps)?;
+        let weight = affine.then(|| params::weight(OP, &vb, num_channels, "weight")).transpose()?;
+        let bias = (affine && bias).then(|| params::bias(OP, &vb, num_channels, "bias")).transpose()?;
         Ok(Self { num_groups, num_channels, weight, bias, eps })
     }
 
-    /// A layer of these tensors. Channels come before groups here, as in candle-nn.
+    /// A layer of tensors that come from elsewhere than a `VarBuilder`: a GGUF file, a shard.
+    ///
+    /// Weight and bias are what is given, whatever the options say about them.
     ///
     /// # Errors
-    /// `num_groups` that does not divide `num_channels`.
+    /// `num_groups` that does not divide `num_channels`, a tensor of another shape, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{GroupNorm, Module};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let norm = GroupNorm::from_tensors(1, 2, Some(weight), None, 0.0)?;
+    /// let y = norm.forward(&Tensor::new(&[[[1f32], [3.]]], &Device::Cpu)?)?;
+    /// assert_eq!(y.to_vec3::<f32>()?, [[[-1.], [2.]]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_tensors(
+        num_groups: usize,
+        num_channels: usize,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        options: impl Into<GroupNormOptions>,
+    ) -> Result<Self> {
+        let eps = options.into().eps;
+        check(num_groups, num_channels, eps)?;
+        params::check_shape(OP, "weight", weight.as_ref(), &[num_channels])?;
+        params::check_shape(OP, "bias", bias.as_ref(), &[num_channels])?;
+        Ok(Self { num_groups, num_channels, weight, bias, eps })
+    }
+
+    /// A layer of these tensors, each of `num_channels` elements in any shape. Channels come before groups
+    /// here, as in candle-nn.
+    ///
+    /// # Errors
+    /// `num_groups` that does not divide `num_channels`, a negative `eps`. Tensors of other sizes make the
+    /// forward fail.
     pub fn new(
         weight: Tensor,
         bias: Tensor,
@@ -108,7 +138,7 @@ impl GroupNorm {
         num_groups: usize,
         eps: f64,
     ) -> Result<Self> {
-        check_groups(num_groups, num_channels)?;
+        check(num_groups, num_channels, eps)?;
         Ok(Self { num_groups, num_channels, weight: Some(weight), bias: Some(bias), eps })
     }
 
@@ -122,12 +152,12 @@ impl GroupNorm {
         self.num_channels
     }
 
-    /// Weight `[C]`.
+    /// Weight, of `C` elements.
     pub fn weight(&self) -> Option<&Tensor> {
         self.weight.as_ref()
     }
 
-    /// Bias `[C]`.
+    /// Bias, of `C` elements.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -142,7 +172,7 @@ impl GroupNorm {
     /// # Errors
     /// A weight or bias that is not a variable; then none is set.
     pub fn reset_parameters(&self) -> Result<()> {
-        params::reset("group-norm", &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])
+        params::reset(OP, &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])
     }
 }
 
@@ -150,25 +180,34 @@ impl Module for GroupNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         if x.rank() < 2 || x.dim(1)? != self.num_channels {
             let (shape, channels) = (x.dims(), self.num_channels);
-            bail!("group-norm: input has shape {shape:?}, expected {channels} channels in dimension 1")
+            bail!("{OP}: input has shape {shape:?}, expected {channels} channels in dimension 1")
         }
-        let y = functional::group_norm(x, self.num_groups, self.weight(), self.bias(), self.eps)?;
+        let per_channel = |param: Option<&Tensor>| match param {
+            Some(param) if param.rank() != 1 => param.flatten_all().map(Some),
+            param => Ok(param.cloned()),
+        };
+        let (weight, bias) = (per_channel(self.weight())?, per_channel(self.bias())?);
+        let y = functional::group_norm(x, self.num_groups, weight.as_ref(), bias.as_ref(), self.eps)?;
         params::contiguous(y)
     }
 }
 
-/// PyTorch's notation.
+/// PyTorch's notation; a weight without a bias, which PyTorch lacks, is added to it.
 impl fmt::Display for GroupNorm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (eps, affine) = (Float(self.eps), truth(self.weight.is_some()));
-        write!(f, "GroupNorm({}, {}, eps={eps}, affine={affine})", self.num_groups, self.num_channels)
+        let bias = no_bias(self.weight.is_some(), self.bias.is_some());
+        write!(f, "GroupNorm({}, {}, eps={eps}, affine={affine}{bias})", self.num_groups, self.num_channels)
     }
 }
 
-fn check_groups(num_groups: usize, num_channels: usize) -> Result<()> {
+const OP: &str = "group-norm";
+
+fn check(num_groups: usize, num_channels: usize, eps: f64) -> Result<()> {
+    check_eps(OP, eps)?;
     if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
         bail!(
-            "group-norm: num_groups must divide num_channels, got {num_groups} groups and {num_channels} channels"
+            "{OP}: num_groups must divide num_channels, got {num_groups} groups and {num_channels} channels"
         )
     }
     Ok(())

@@ -27,12 +27,14 @@
 
 use super::options::options;
 use super::params::{self, check_eps};
-use super::repr::{truth, Float};
+use super::repr::{no_bias, truth, Float};
 use super::running::RunningStatistics;
 use crate::functional::{self, check_momentum};
 use candle_core::{bail, Result, Tensor, Var};
 use candle_nn::{ModuleT, VarBuilder};
 use std::fmt;
+
+const OP: &str = "instance-norm";
 
 options! {
     /// PyTorch's arguments of instance normalization.
@@ -49,6 +51,8 @@ options! {
         momentum: f64 = 0.1,
         /// Whether there are a weight and a bias; default false.
         affine: bool = false,
+        /// Whether an affine layer has a bias besides its weight; default true.
+        bias: bool = true,
         /// Whether to keep running statistics in training and to use them in evaluation; default
         /// false: each instance's own are used in both.
         track_running_stats: bool = false,
@@ -60,8 +64,7 @@ options! {
 ///
 /// It is a [`ModuleT`], since a layer with running statistics does differently in training and in
 /// evaluation, and a type can be only one of `Module` and `ModuleT`. [`InstanceNorm::forward`] spares
-/// a layer without them the argument; in a `candle_nn::Sequential` that is
-/// `add_fn(move |x| norm.forward(x))`.
+/// a layer without them the argument, and [`Eval`](crate::Eval) puts it into a `candle_nn::Sequential`.
 ///
 /// The input is f16, bf16, f32 or f64, whatever of these the parameters are; the output has the
 /// input's shape and dtype, and is contiguous. The running statistics are f32 (f64 in an f64 model),
@@ -84,8 +87,8 @@ pub struct InstanceNorm {
 
 impl InstanceNorm {
     /// A layer with PyTorch's arguments for batched inputs of any rank from 3 up; parameters `weight`
-    /// and `bias`, buffers `running_mean`, `running_var` and `num_batches_tracked` (which PyTorch
-    /// keeps at zero here) come from `vb`.
+    /// and `bias`, buffers `running_mean` and `running_var` come from `vb`. A `VarMap` gets no
+    /// `num_batches_tracked`, which PyTorch keeps at zero here.
     ///
     /// # Errors
     /// A tensor that `vb` lacks or has in another shape, a negative `eps`, a `momentum` outside
@@ -104,21 +107,59 @@ impl InstanceNorm {
         options: InstanceNormOptions,
         vb: VarBuilder,
     ) -> Result<Self> {
-        check_eps("instance-norm", options.eps)?;
-        check_momentum("instance-norm", options.momentum)?;
+        check_eps(OP, options.eps)?;
+        check_momentum(OP, options.momentum)?;
         let statistics = if options.track_running_stats {
-            Some(RunningStatistics::get("instance-norm", num_features, &vb)?)
+            Some(RunningStatistics::get(OP, num_features, false, &vb)?)
         } else {
             check_no_running_statistics(&vb)?;
             None
         };
-        let (weight, bias) = if options.affine {
-            let weight = params::weight(&vb, num_features, "weight")?;
-            (Some(weight), Some(params::bias(&vb, num_features, "bias")?))
-        } else {
-            (None, None)
-        };
+        let weight = options.affine.then(|| params::weight(OP, &vb, num_features, "weight")).transpose()?;
+        let with_bias = options.affine && options.bias;
+        let bias = with_bias.then(|| params::bias(OP, &vb, num_features, "bias")).transpose()?;
         Ok(Self { num_features, dims, weight, bias, statistics, options })
+    }
+
+    /// A layer of tensors that come from elsewhere than a `VarBuilder`: a GGUF file, a shard. `running` is
+    /// the running mean and the running unbiased variance.
+    ///
+    /// Weight, bias and running statistics are what is given, whatever the options say about them. Running
+    /// statistics that are f32 or f64 variables are shared, those in half precision become f32.
+    ///
+    /// # Errors
+    /// A tensor of another shape than `[num_features]`, a negative `eps`, a `momentum` outside `0..=1`.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{InstanceNorm, InstanceNormOptions};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let options = InstanceNormOptions::default().eps(0.0);
+    /// let norm = InstanceNorm::from_tensors(2, None, Some(weight), None, options)?;
+    /// let y = norm.forward(&Tensor::new(&[[[1f32, 3.], [10., 30.]]], &Device::Cpu)?)?;
+    /// assert_eq!(y.to_vec3::<f32>()?, [[[-1., 1.], [-2., 2.]]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_tensors(
+        num_features: usize,
+        running: Option<(Tensor, Tensor)>,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        options: impl Into<InstanceNormOptions>,
+    ) -> Result<Self> {
+        let options = options.into();
+        check_eps(OP, options.eps)?;
+        check_momentum(OP, options.momentum)?;
+        let (mean, var) = running.unzip();
+        let tensors = [("weight", &weight), ("bias", &bias), ("running_mean", &mean), ("running_var", &var)];
+        tensors
+            .iter()
+            .try_for_each(|(what, t)| params::check_shape(OP, what, t.as_ref(), &[num_features]))?;
+        let statistics = mean.zip(var).map(|(m, v)| RunningStatistics::adopt(&m, &v)).transpose()?;
+        let (affine, tracks) = (weight.is_some() || bias.is_some(), statistics.is_some());
+        let options = options.affine(affine).bias(bias.is_some() || !affine).track_running_stats(tracks);
+        Ok(Self { num_features, dims: None, weight, bias, statistics, options })
     }
 
     /// The forward in evaluation: `forward_t(x, false)`. For a layer without running statistics it is
@@ -184,36 +225,27 @@ impl InstanceNorm {
     /// # Errors
     /// A weight or bias that is not a variable; then nothing is reset.
     pub fn reset_parameters(&self) -> Result<()> {
-        params::reset("instance-norm", &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])?;
+        params::reset(OP, &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])?;
         self.reset_running_stats()
     }
 
     /// Whether the input lacks the batch dimension.
     fn unbatched(&self, x: &Tensor) -> Result<bool> {
-        let (op, shape) = (self.op(), x.dims());
+        let shape = x.dims();
         let unbatched = match self.dims {
             None if x.rank() >= 3 => false,
-            None => bail!("{op}: input has shape {shape:?}, expected at least 3 dimensions"),
+            None => bail!("{OP}: input has shape {shape:?}, expected at least 3 dimensions"),
             Some(dims) if x.rank() == dims + 2 => false,
             Some(dims) if x.rank() == dims + 1 => true,
-            Some(d) => bail!("{op}: input has shape {shape:?}, expected {} or {} dimensions", d + 1, d + 2),
+            Some(d) => bail!("{OP}: input has shape {shape:?}, expected {} or {} dimensions", d + 1, d + 2),
         };
         let dimension = usize::from(!unbatched);
         let used = self.weight.is_some() || self.statistics.is_some();
         if used && shape[dimension] != self.num_features {
             let channels = self.num_features;
-            bail!("{op}: input has shape {shape:?}, expected {channels} channels in dimension {dimension}")
+            bail!("{OP}: input has shape {shape:?}, expected {channels} channels in dimension {dimension}")
         }
         Ok(unbatched)
-    }
-
-    fn op(&self) -> &'static str {
-        match self.dims {
-            Some(1) => "instance-norm-1d",
-            Some(2) => "instance-norm-2d",
-            Some(3) => "instance-norm-3d",
-            _ => "instance-norm",
-        }
     }
 }
 
@@ -240,7 +272,7 @@ impl InstanceNorm {
     }
 }
 
-/// PyTorch's notation.
+/// PyTorch's notation; a weight without a bias, which PyTorch lacks, is added to it.
 impl fmt::Display for InstanceNorm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.dims {
@@ -250,9 +282,10 @@ impl fmt::Display for InstanceNorm {
         let o = &self.options;
         let (eps, momentum) = (Float(o.eps), Float(o.momentum));
         let (affine, track) = (truth(o.affine), truth(o.track_running_stats));
+        let bias = no_bias(o.affine, o.bias);
         write!(
             f,
-            "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track})",
+            "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track}{bias})",
             self.num_features
         )
     }
@@ -266,7 +299,7 @@ fn check_no_running_statistics(vb: &VarBuilder) -> Result<()> {
         return Ok(());
     }
     bail!(
-        "instance-norm: the checkpoint has {} under {:?}, expected none for a layer with \
+        "{OP}: the checkpoint has {} under {:?}, expected none for a layer with \
          track_running_stats=false. Before version 0.4.0 PyTorch's instance norm kept running statistics by \
          default, so an older checkpoint holds them without meaning to: leave them out of the checkpoint if \
          the model never used them, or set track_running_stats to use them in evaluation",

@@ -25,7 +25,7 @@ use super::options::options;
 use super::params::{self, check_eps};
 use super::repr::{truth, Maybe, Tuple};
 use crate::functional;
-use candle_core::{bail, DType, Result, Shape, Tensor};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::fmt;
 
@@ -81,13 +81,20 @@ options! {
 
 /// Layer normalization over the last dimensions: see the [module](self).
 ///
+/// [`with_options`](Self::with_options), [`from_tensors`](Self::from_tensors) and
+/// [`no_affine`](Self::no_affine) name the `normalized_shape`, and weight and bias have that shape. The
+/// constructors of candle-nn normalize the last dimension, and weight and bias broadcast against the input.
+///
 /// The input is f16, bf16, f32 or f64, whatever of these the parameters are, and of any memory order; the
 /// output has the input's shape and dtype, and is contiguous.
 ///
 /// # Errors
-/// The forward fails on an input whose last dimensions are not `normalized_shape`.
+/// The forward fails on an input whose last dimensions are not `normalized_shape`, or against which weight
+/// and bias do not broadcast.
 #[derive(Debug, Clone)]
 pub struct LayerNorm {
+    /// None for the last dimension of the input, whatever the shape of weight and bias.
+    normalized_shape: Option<Shape>,
     /// Ones, and not used, where the layer has no weight.
     weight: Tensor,
     has_weight: bool,
@@ -123,45 +130,129 @@ impl LayerNorm {
         let options = options.into();
         check_eps("layer-norm", options.eps)?;
         let (shape, affine) = (normalized_shape.into(), options.elementwise_affine);
-        Self::get(shape, affine, affine && options.bias, true, Some(options.eps), vb)
+        let norm = Self::get(&shape, affine, affine && options.bias, true, Some(options.eps), vb)?;
+        norm.over(shape)
     }
 
-    /// The one way from a builder to a layer, RMS norm included.
-    pub(super) fn get(
+    /// A layer of tensors that come from elsewhere than a `VarBuilder`: a GGUF file, a shard.
+    ///
+    /// Weight and bias are what is given, whatever the options say about them.
+    ///
+    /// # Errors
+    /// An empty `normalized_shape`, a tensor of another shape, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{LayerNorm, Module};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let weight = Tensor::new(&[2f32, 3.], &Device::Cpu)?;
+    /// let norm = LayerNorm::from_tensors(2, Some(weight), None, 0.0)?;
+    /// let y = norm.forward(&Tensor::new(&[[1f32, 3.]], &Device::Cpu)?)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[-2., 3.]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_tensors(
+        normalized_shape: impl Into<Shape>,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        options: impl Into<LayerNormOptions>,
+    ) -> Result<Self> {
+        let eps = options.into().eps;
+        Self::of_tensors(normalized_shape.into(), weight, bias, true, Some(eps))
+    }
+
+    /// A layer without weight and bias.
+    ///
+    /// # Errors
+    /// An empty `normalized_shape`, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{LayerNorm, Module};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let norm = LayerNorm::no_affine(2, 0.0)?;
+    /// let y = norm.forward(&Tensor::new(&[[1f32, 3.]], &Device::Cpu)?)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[-1., 1.]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn no_affine(normalized_shape: impl Into<Shape>, eps: f64) -> Result<Self> {
+        Self::from_tensors(normalized_shape, None, None, eps)
+    }
+
+    /// The one way from tensors with a named shape to a layer, RMS norm included.
+    pub(super) fn of_tensors(
         shape: Shape,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        remove_mean: bool,
+        eps: Option<f64>,
+    ) -> Result<Self> {
+        let op = op(remove_mean);
+        check_eps(op, eps.unwrap_or(0.0))?;
+        params::check_shape(op, "weight", weight.as_ref(), shape.dims())?;
+        params::check_shape(op, "bias", bias.as_ref(), shape.dims())?;
+        let has_weight = weight.is_some();
+        let weight = match weight {
+            Some(weight) => weight,
+            None => Tensor::ones(&shape, DType::F32, &Device::Cpu)?,
+        };
+        Self { normalized_shape: None, weight, has_weight, bias, remove_mean, eps }.over(shape)
+    }
+
+    /// The layer with a named shape.
+    pub(super) fn over(self, shape: Shape) -> Result<Self> {
+        if shape.rank() == 0 {
+            bail!("{}: expected normalized_shape to have at least one dimension, got none", self.op())
+        }
+        Ok(Self { normalized_shape: Some(shape), ..self })
+    }
+
+    /// The one way from a builder to a layer, RMS norm included; no shape is named yet.
+    pub(super) fn get(
+        shape: &Shape,
         has_weight: bool,
         has_bias: bool,
         remove_mean: bool,
         eps: Option<f64>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        if shape.rank() == 0 {
-            bail!("layer-norm: expected normalized_shape to have at least one dimension, got none")
-        }
         // Checkpoints that began in TensorFlow say gamma and beta.
         let name =
             |name, alias| if !vb.contains_tensor(name) && vb.contains_tensor(alias) { alias } else { name };
+        let op = op(remove_mean);
         let weight = match has_weight {
-            true => params::weight(&vb, &shape, name("weight", "gamma"))?,
-            false => Tensor::ones(&shape, vb.dtype(), vb.device())?,
+            true => params::weight(op, &vb, shape, name("weight", "gamma"))?,
+            false => Tensor::ones(shape, vb.dtype(), vb.device())?,
         };
         let bias = match has_bias {
-            true => Some(params::bias(&vb, &shape, name("bias", "beta"))?),
+            true => Some(params::bias(op, &vb, shape, name("bias", "beta"))?),
             false => None,
         };
-        Ok(Self { weight, has_weight, bias, remove_mean, eps })
+        Ok(Self { normalized_shape: None, weight, has_weight, bias, remove_mean, eps })
     }
 
-    /// A layer of these tensors. `normalized_shape` is the weight's shape.
+    /// candle-nn's layer of these tensors, over the last dimension, of length `n`: weight and bias have shape
+    /// `[n]`, or any other that broadcasts against the input.
     ///
-    /// Cannot fail; a bias of another shape makes the forward fail.
+    /// `[n]` is the fast one, with any number of ones before. Several dimensions are normalized by a layer
+    /// [`from_tensors`](Self::from_tensors). Cannot fail; what does not fit makes the forward fail.
     pub fn new(weight: Tensor, bias: Tensor, eps: f64) -> Self {
-        Self { weight, has_weight: true, bias: Some(bias), remove_mean: true, eps: Some(eps) }
+        Self::last_dim(weight, Some(bias), true, eps)
     }
 
     /// As [`LayerNorm::new`], without a bias.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{LayerNorm, Module};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let x = Tensor::new(&[[0f32, 2.], [8., 16.]], &Device::Cpu)?;
+    /// let norm = LayerNorm::new_no_bias(x.ones_like()?, 0.0);
+    /// assert_eq!(norm.forward(&x)?.to_vec2::<f32>()?, [[-1., 1.], [-1., 1.]]);
+    /// # Ok(()) }
+    /// ```
     pub fn new_no_bias(weight: Tensor, eps: f64) -> Self {
-        Self { weight, has_weight: true, bias: None, remove_mean: true, eps: Some(eps) }
+        Self::last_dim(weight, None, true, eps)
     }
 
     /// RMS norm: no bias, and the mean stays.
@@ -176,12 +267,19 @@ impl LayerNorm {
     /// # Ok(()) }
     /// ```
     pub fn rms_norm(weight: Tensor, eps: f64) -> Self {
-        Self { weight, has_weight: true, bias: None, remove_mean: false, eps: Some(eps) }
+        Self::last_dim(weight, None, false, eps)
     }
 
-    /// The dimensions normalized over.
+    fn last_dim(weight: Tensor, bias: Option<Tensor>, remove_mean: bool, eps: f64) -> Self {
+        Self { normalized_shape: None, weight, has_weight: true, bias, remove_mean, eps: Some(eps) }
+    }
+
+    /// The dimensions normalized over; the weight's last one where a constructor of candle-nn named none.
     pub fn normalized_shape(&self) -> &[usize] {
-        self.weight.dims()
+        match &self.normalized_shape {
+            Some(shape) => shape.dims(),
+            None => &self.weight.dims()[self.weight.rank().saturating_sub(1)..],
+        }
     }
 
     /// Whether there is a weight.
@@ -189,12 +287,13 @@ impl LayerNorm {
         self.has_weight
     }
 
-    /// Weight of `normalized_shape`; ones where the layer has none.
+    /// The weight; ones of `normalized_shape` where the layer has none, since candle-nn's signature has no
+    /// `Option` here.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }
 
-    /// Bias of `normalized_shape`.
+    /// The bias, if there is one.
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -219,16 +318,20 @@ impl LayerNorm {
     }
 
     fn op(&self) -> &'static str {
-        if self.remove_mean {
-            "layer-norm"
-        } else {
-            "rms-norm"
-        }
+        op(self.remove_mean)
     }
 
     pub(super) fn fmt_as(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (shape, eps, affine) = (Tuple(self.normalized_shape()), Maybe(self.eps), truth(self.has_weight));
         write!(f, "{name}({shape}, eps={eps}, elementwise_affine={affine})")
+    }
+}
+
+fn op(remove_mean: bool) -> &'static str {
+    if remove_mean {
+        "layer-norm"
+    } else {
+        "rms-norm"
     }
 }
 
@@ -240,9 +343,13 @@ impl Module for LayerNorm {
             (None, DType::F64) => f64::EPSILON,
             (None, _) => f32::EPSILON.into(),
         };
-        let shape = self.normalized_shape();
-        let (bias, center) = (self.bias(), self.remove_mean);
-        params::contiguous(functional::apply_layer(self.op(), x, shape, weight, bias, eps, center)?)
+        let (op, bias, center) = (self.op(), self.bias(), self.remove_mean);
+        match &self.normalized_shape {
+            None => functional::last_dim(op, x, weight, bias, eps, center),
+            Some(shape) => {
+                params::contiguous(functional::apply_layer(op, x, shape.dims(), weight, bias, eps, center)?)
+            }
+        }
     }
 }
 
@@ -257,7 +364,7 @@ impl fmt::Display for LayerNorm {
 /// with [`LayerNormConfig::affine`], `bias` (or `beta`) from `vb`.
 ///
 /// # Errors
-/// A tensor that `vb` lacks or has in another shape.
+/// A tensor that `vb` lacks or has in another shape, a negative `eps`.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -272,7 +379,8 @@ impl fmt::Display for LayerNorm {
 /// ```
 pub fn layer_norm<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuilder) -> Result<LayerNorm> {
     let LayerNormConfig { eps, remove_mean, affine } = config.into();
-    LayerNorm::get(size.into(), true, affine, remove_mean, Some(eps), vb)
+    check_eps(op(remove_mean), eps)?;
+    LayerNorm::get(&size.into(), true, affine, remove_mean, Some(eps), vb)
 }
 
 /// As [`layer_norm`], without a bias.

@@ -7,6 +7,7 @@
 //! permuted input: see [`params::contiguous`].
 
 pub mod batch_norm;
+mod eval;
 mod fold;
 pub mod group_norm;
 pub mod instance_norm;
@@ -18,4 +19,5 @@ pub mod rms_norm;
 mod running;
 pub mod sync_batch_norm;
 
+pub use eval::Eval;
 pub use fold::FoldBatchNorm;

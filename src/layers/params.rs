@@ -2,17 +2,33 @@
 //!
 //! Apart, since every layer does it and none in a way of its own.
 
-use candle_core::{bail, Result, Shape, Tensor, Var};
+use candle_core::{bail, Error, Result, Shape, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 /// The weight: ones where the builder creates it.
-pub(super) fn weight(vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
-    vb.get_with_hints(shape, name, Init::Const(1.))
+pub(super) fn weight(op: &str, vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
+    let shape = shape.into();
+    vb.get_with_hints(&shape, name, Init::Const(1.)).map_err(|e| missing(op, name, &shape, e))
 }
 
 /// The bias: zeros where the builder creates it.
-pub(super) fn bias(vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
-    vb.get_with_hints(shape, name, Init::Const(0.))
+pub(super) fn bias(op: &str, vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
+    let shape = shape.into();
+    vb.get_with_hints(&shape, name, Init::Const(0.)).map_err(|e| missing(op, name, &shape, e))
+}
+
+/// candle's error about a tensor, which does not know the layer.
+pub(super) fn missing(op: &str, name: &str, shape: &Shape, error: Error) -> Error {
+    error.context(format!("{op}: expected {name} of shape {:?}", shape.dims()))
+}
+
+pub(super) fn check_shape(op: &str, what: &str, tensor: Option<&Tensor>, shape: &[usize]) -> Result<()> {
+    match tensor {
+        Some(tensor) if tensor.dims() != shape => {
+            bail!("{op}: {what} has shape {:?}, expected {shape:?}", tensor.dims())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// Whether the builder's source holds `name`, rather than answering yes to any name.

@@ -40,6 +40,15 @@ pub(super) fn truth(value: bool) -> &'static str {
     }
 }
 
+/// The last argument of a layer with a weight and no bias.
+pub(super) fn no_bias(affine: bool, bias: bool) -> &'static str {
+    if affine && !bias {
+        ", bias=False"
+    } else {
+        ""
+    }
+}
+
 /// A shape as a Python tuple: `(64,)`, `(3, 4)`.
 pub(super) struct Tuple<'a>(pub &'a [usize]);
 

@@ -49,7 +49,8 @@ options! {
 /// output has the input's shape and dtype, and is contiguous.
 ///
 /// # Errors
-/// The forward fails on an input whose last dimensions are not `normalized_shape`.
+/// The forward fails on an input whose last dimensions are not `normalized_shape`, or against which the
+/// weight does not broadcast.
 #[derive(Debug, Clone)]
 pub struct RmsNorm(LayerNorm);
 
@@ -77,10 +78,37 @@ impl RmsNorm {
     ) -> Result<Self> {
         let RmsNormOptions { eps, elementwise_affine } = options.into();
         check_eps("rms-norm", eps.unwrap_or(0.0))?;
-        LayerNorm::get(normalized_shape.into(), elementwise_affine, false, false, eps, vb).map(Self)
+        let shape = normalized_shape.into();
+        LayerNorm::get(&shape, elementwise_affine, false, false, eps, vb)?.over(shape).map(Self)
     }
 
-    /// A layer of this tensor. `normalized_shape` is its shape.
+    /// A layer of a tensor that comes from elsewhere than a `VarBuilder`: a GGUF file, a shard.
+    ///
+    /// The weight is what is given, whatever the options say about it.
+    ///
+    /// # Errors
+    /// An empty `normalized_shape`, a tensor of another shape, a negative `eps`.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{Module, RmsNorm};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let norm = RmsNorm::from_tensors(2, None, 0.0)?;
+    /// let y = norm.forward(&Tensor::new(&[[1f32, 7.]], &Device::Cpu)?)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[0.2, 1.4]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_tensors(
+        normalized_shape: impl Into<Shape>,
+        weight: Option<Tensor>,
+        options: impl Into<RmsNormOptions>,
+    ) -> Result<Self> {
+        let eps = options.into().eps;
+        LayerNorm::of_tensors(normalized_shape.into(), weight, None, false, eps).map(Self)
+    }
+
+    /// candle-nn's layer of this tensor, over the last dimension, of length `n`: it has shape `[n]`, or any
+    /// other that broadcasts against the input ([`LayerNorm::new`]).
     pub fn new(weight: Tensor, eps: f64) -> Self {
         Self(LayerNorm::rms_norm(weight, eps))
     }
@@ -90,7 +118,7 @@ impl RmsNorm {
         self.0
     }
 
-    /// The dimensions normalized over.
+    /// The dimensions normalized over; the weight's last one where a constructor of candle-nn named none.
     pub fn normalized_shape(&self) -> &[usize] {
         self.0.normalized_shape()
     }
@@ -100,7 +128,8 @@ impl RmsNorm {
         self.0.elementwise_affine()
     }
 
-    /// Weight of `normalized_shape`; ones where the layer has none.
+    /// The weight; ones of `normalized_shape` where the layer has none, since candle-nn's signature has no
+    /// `Option` here.
     pub fn weight(&self) -> &Tensor {
         self.0.weight()
     }
@@ -143,7 +172,7 @@ impl fmt::Display for RmsNorm {
 /// candle-nn's constructor over the last dimension, of length `size`: `weight` (or `gamma`) from `vb`.
 ///
 /// # Errors
-/// A tensor that `vb` lacks or has in another shape.
+/// A tensor that `vb` lacks or has in another shape, a negative `eps`.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -155,5 +184,6 @@ impl fmt::Display for RmsNorm {
 /// # Ok(()) }
 /// ```
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
-    LayerNorm::get(size.into(), true, false, false, Some(eps), vb).map(RmsNorm)
+    check_eps("rms-norm", eps)?;
+    LayerNorm::get(&size.into(), true, false, false, Some(eps), vb).map(RmsNorm)
 }

@@ -4,7 +4,8 @@
 //! They are variables, so that a `VarMap` saves and loads them; nothing here takes part in a graph,
 //! so no optimizer moves them.
 
-use super::params::fill;
+use super::params::{self, fill};
+use crate::request::accumulation_dtype;
 use candle_core::{bail, DType, Device, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
@@ -21,15 +22,20 @@ pub(crate) struct RunningStatistics {
 
 impl RunningStatistics {
     /// The buffers under PyTorch's three names, created where a `VarMap` has none yet.
-    pub fn get(op: &str, channels: usize, vb: &VarBuilder) -> Result<Self> {
-        let (mean, var) = Self::moments(channels, vb)?;
+    ///
+    /// A map gets a name for the count only where results depend on it, in a `cumulative` average:
+    /// candle-nn's checkpoints lack it, and `VarMap::load` fails on a name that a checkpoint lacks.
+    pub fn get(op: &str, channels: usize, cumulative: bool, vb: &VarBuilder) -> Result<Self> {
+        let (mean, var) = Self::moments(op, channels, vb)?;
         let on_cpu = vb.clone().set_device(Device::Cpu);
-        let stored = on_cpu.get_with_hints_dtype((), COUNT, Init::Const(0.), DType::I64);
+        let held = vb.contains_tensor(COUNT);
+        let stored =
+            (held || cumulative).then(|| on_cpu.get_with_hints_dtype((), COUNT, Init::Const(0.), DType::I64));
         let count = match stored {
-            Ok(count) => Var::from_tensor(&count)?,
+            Some(Ok(count)) => Var::from_tensor(&count)?,
+            Some(Err(error)) if held => return Err(params::missing(op, COUNT, &().into(), error)),
             // Checkpoints older than the name, from candle among others, start to count here.
-            Err(_) if !vb.contains_tensor(COUNT) => Var::zeros((), DType::I64, &Device::Cpu)?,
-            Err(error) => return Err(error),
+            _ => new_count()?,
         };
         if count.dtype() != DType::I64 || count.rank() != 0 {
             let (dtype, shape) = (count.dtype(), count.dims());
@@ -40,8 +46,8 @@ impl RunningStatistics {
 
     /// The buffers under candle-nn's two names; a count only where the builder holds one already,
     /// so that a `VarMap` gets no name that candle-nn's checkpoints lack.
-    pub fn get_like_candle_nn(channels: usize, vb: &VarBuilder) -> Result<Self> {
-        let (mean, var) = Self::moments(channels, vb)?;
+    pub fn get_like_candle_nn(op: &str, channels: usize, vb: &VarBuilder) -> Result<Self> {
+        let (mean, var) = Self::moments(op, channels, vb)?;
         let on_cpu = vb.clone().set_device(Device::Cpu);
         let count = on_cpu
             .contains_tensor(COUNT)
@@ -55,8 +61,8 @@ impl RunningStatistics {
     }
 
     /// Buffers of a layer that tracks nothing: constants for its getters.
-    pub fn constant(channels: usize, vb: &VarBuilder) -> Result<Self> {
-        let (dtype, device) = (dtype(vb), vb.device());
+    pub fn constant(channels: usize, dtype: DType, device: &Device) -> Result<Self> {
+        let dtype = accumulation_dtype(dtype);
         let (mean, var) = (Var::zeros(channels, dtype, device)?, Var::ones(channels, dtype, device)?);
         Ok(Self { mean, var, count: None })
     }
@@ -66,8 +72,21 @@ impl RunningStatistics {
         Ok(Self { mean: Var::from_tensor(mean)?, var: Var::from_tensor(var)?, count: None })
     }
 
-    fn moments(channels: usize, vb: &VarBuilder) -> Result<(Var, Var)> {
-        let get = |name, init| vb.get_with_hints_dtype(channels, name, Init::Const(init), dtype(vb));
+    /// Tensors that a new layer takes over: of a dtype that can average, shared where they are variables of
+    /// one, and counted from here.
+    pub fn adopt(mean: &Tensor, var: &Tensor) -> Result<Self> {
+        let averaging = |t: &Tensor| t.to_dtype(accumulation_dtype(t.dtype()));
+        let statistics = Self::share(&averaging(mean)?, &averaging(var)?)?;
+        Ok(Self { count: Some(new_count()?), ..statistics })
+    }
+
+    fn moments(op: &str, channels: usize, vb: &VarBuilder) -> Result<(Var, Var)> {
+        // A half-precision average would stop moving long before it arrives.
+        let dtype = accumulation_dtype(vb.dtype());
+        let get = |name, init| {
+            vb.get_with_hints_dtype(channels, name, Init::Const(init), dtype)
+                .map_err(|e| params::missing(op, name, &channels.into(), e))
+        };
         let (mean, var) = (get("running_mean", 0.)?, get("running_var", 1.)?);
         Ok((Var::from_tensor(&mean)?, Var::from_tensor(&var)?))
     }
@@ -99,11 +118,6 @@ impl RunningStatistics {
     }
 }
 
-/// dtype of running statistics: a half-precision average would stop moving long before it arrives.
-fn dtype(vb: &VarBuilder) -> DType {
-    if vb.dtype() == DType::F64 {
-        DType::F64
-    } else {
-        DType::F32
-    }
+fn new_count() -> Result<Var> {
+    Var::zeros((), DType::I64, &Device::Cpu)
 }

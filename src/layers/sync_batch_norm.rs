@@ -87,10 +87,11 @@ impl BatchNorm {
     }
 }
 
-/// A [`BatchNorm`] that always has a group: see the [module](self).
+/// A [`BatchNorm`] that is made with a group: see the [module](self).
 ///
-/// For models that are never trained alone. It has all of a batch norm's methods; as a field of a model
-/// that is trained both ways take [`BatchNorm`] and [`convert_sync_batchnorm`].
+/// For models that are never trained alone. It has all of a batch norm's methods, and
+/// [`batch_norms!`](crate::batch_norms) finds it; as a field of a model that is trained both ways take
+/// [`BatchNorm`] and [`convert_sync_batchnorm`].
 #[derive(Debug, Clone)]
 pub struct SyncBatchNorm(BatchNorm);
 
@@ -120,9 +121,17 @@ impl SyncBatchNorm {
         vb: VarBuilder,
     ) -> Result<Self> {
         let name = vb.prefix();
-        let mut inner = BatchNorm::with_options(num_features, options, vb)?;
-        inner.synchronize(if name.is_empty() { "batch norm" } else { &name }, group)?;
-        Ok(Self(inner))
+        let inner = BatchNorm::with_options(num_features, options, vb)?;
+        Self::from_batch_norm(inner, if name.is_empty() { "batch norm" } else { &name }, group)
+    }
+
+    /// This layer over the ranks of `group`: [`BatchNorm::synchronize`] says what `name` is for.
+    ///
+    /// # Errors
+    /// As [`BatchNorm::synchronize`].
+    pub fn from_batch_norm(mut bn: BatchNorm, name: &str, group: Arc<dyn ProcessGroup>) -> Result<Self> {
+        bn.synchronize(name, group)?;
+        Ok(Self(bn))
     }
 
     /// The layer without its group.
@@ -137,6 +146,12 @@ impl std::ops::Deref for SyncBatchNorm {
 
     fn deref(&self) -> &BatchNorm {
         &self.0
+    }
+}
+
+impl std::ops::DerefMut for SyncBatchNorm {
+    fn deref_mut(&mut self) -> &mut BatchNorm {
+        &mut self.0
     }
 }
 
@@ -259,6 +274,12 @@ macro_rules! batch_norms {
 pub type Outcome = Result<()>;
 
 impl BatchNorms for BatchNorm {
+    fn each_batch_norm(&mut self, path: &str, visit: &mut Visit) -> Result<()> {
+        visit(path, self)
+    }
+}
+
+impl BatchNorms for SyncBatchNorm {
     fn each_batch_norm(&mut self, path: &str, visit: &mut Visit) -> Result<()> {
         visit(path, self)
     }

@@ -1,7 +1,7 @@
 //! Rules of the graph: who gets a gradient, of which dtype, how often, and through which views.
 
 use crate::case::{Argument, Case, Layout, Norm};
-use crate::common::{bits, device, tensor, values};
+use crate::common::{bits, data, device, tensor, values};
 use crate::compare;
 use candle_core::{DType, Result, Tensor, Var};
 
@@ -254,5 +254,72 @@ fn running_statistics_that_are_an_argument() -> Result<()> {
     std::thread::spawn(move || sent.send(aliased()));
     let refused = done.recv_timeout(std::time::Duration::from_secs(20)).expect("a call waits for itself")?;
     assert_eq!(refused, [true; 3]);
+    Ok(())
+}
+
+/// The mean of one element is the element: y does not depend on x, and its gradient is zero, not the
+/// rounding of a difference.
+#[test]
+fn a_set_of_one_element_has_no_gradient() -> Result<()> {
+    type Call = fn(&Tensor, &Tensor) -> Result<Tensor>;
+    let calls: [(&str, &[usize], &[usize], Call); 3] = [
+        ("layer", &[7, 1], &[1], |x, w| candle_norm::functional::layer_norm(x, &[1], Some(w), None, 1e-5)),
+        ("group", &[3, 4], &[4], |x, w| candle_norm::functional::group_norm(x, 4, Some(w), None, 1e-5)),
+        ("rank 3", &[5, 2, 1], &[2, 1], |x, w| {
+            candle_norm::functional::layer_norm(&x.transpose(0, 1)?.unsqueeze(3)?, &[1], None, None, 1e-5)?
+                .squeeze(3)?
+                .broadcast_mul(&w.unsqueeze(1)?)
+        }),
+    ];
+    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+        for (what, dims, params, call) in calls {
+            let new = |seed, dims: &[usize]| {
+                let n = dims.iter().product();
+                tensor(&data(seed, n, 3.0, 1.0), dims, dtype).and_then(|t| Var::from_tensor(&t))
+            };
+            let (x, w) = (new(1, dims)?, new(2, params)?);
+            let y = call(&x, &w)?;
+            let dy = tensor(&data(3, y.elem_count(), 0.0, 1.0), y.dims(), dtype)?;
+            let gradients = (y * dy)?.sum_all()?.backward()?;
+            let dx = values(gradients.get(&x).expect("a gradient"));
+            assert!(dx.iter().all(|&g| g == 0.0), "{what} {dtype:?}: {dx:?}");
+            assert!(values(gradients.get(&w).expect("a gradient")).iter().all(|&g| g == 0.0), "{what}");
+        }
+    }
+    // With RMS norm it does depend on x; a gradient that is no number stays one.
+    let x = Var::from_tensor(&tensor(&[3.0, f64::NAN], &[2, 1], DType::F32)?)?;
+    let y = candle_norm::functional::rms_norm(&x, &[1], None, 1.0)?;
+    let dx = values(y.sum_all()?.backward()?.get(&x).expect("a gradient"));
+    // rstd (1 - xhat^2), where the terms of size 1 carry a few roundings.
+    let bound = 4.0 * f64::from(f32::EPSILON) / f64::sqrt(10.0);
+    assert!((dx[0] - 1.0 / f64::powf(10.0, 1.5)).abs() < bound, "{dx:?}");
+    let y = candle_norm::functional::layer_norm(&x, &[1], None, None, 1.0)?;
+    let dx = values(y.sum_all()?.backward()?.get(&x).expect("a gradient"));
+    assert!(dx[0] == 0.0 && dx[1].is_nan(), "{dx:?}");
+    Ok(())
+}
+
+/// In a set of two, dx is what cancellation leaves: `rstd^3 * eps * (g0 - g1) / 2`, exact here in closed form.
+/// Ours is within the oracle's bound of it; torch 2's, measured the same way, is off by 700 to 1100 `u * rstd * g`,
+/// so a difference between the two is PyTorch's rounding of the mean.
+#[test]
+fn a_set_of_two_in_f64() -> Result<()> {
+    for std in [0.01, 1.0, 10.0] {
+        let (x, dy) = (data(1, 2000, 3.0, std), data(2, 2000, 0.0, 1.0));
+        let var = Var::from_tensor(&tensor(&x, &[1000, 2], DType::F64)?)?;
+        let y = candle_norm::functional::layer_norm(&var, &[2], None, None, 1e-5)?;
+        let gradients = (y * tensor(&dy, &[1000, 2], DType::F64)?)?.sum_all()?.backward()?;
+        let dx = values(gradients.get(&var).expect("a gradient"));
+        for ((x, g), dx) in x.chunks(2).zip(dy.chunks(2)).zip(dx.chunks(2)) {
+            let d = (x[0] - x[1]) / 2.0;
+            let rstd = 1.0 / (d * d + 1e-5).sqrt();
+            let exact = rstd.powi(3) * 1e-5 * (g[0] - g[1]) / 2.0;
+            let size = rstd * (g[0].abs() + g[1].abs());
+            // Three factors of growth 12 + 2 sqrt(n), on the three terms of the gradient.
+            let bound = 3.0 * (12.0 + 8f64.sqrt()) * f64::EPSILON * 3.0 * size;
+            let error = (dx[0] - exact).abs().max((dx[1] + exact).abs());
+            assert!(error <= bound, "std {std}: {dx:?}, expected {exact:e} within {bound:e}");
+        }
+    }
     Ok(())
 }

@@ -4,10 +4,10 @@
 //! Compiled with feature `cuda`; it has something to test when the device under test is a GPU.
 
 use crate::common::{bits, data, device, tensor};
-use candle_core::cuda_backend::cudarc::driver::sys;
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, Var};
-use candle_norm::__bench::{Alone, Kind};
+use candle_norm::__bench::{Kind, RecordedOp};
 use candle_norm::functional as f;
+use cudarc::driver::sys;
 
 const EPS: f64 = 1e-5;
 
@@ -88,7 +88,7 @@ fn backward() -> Result<()> {
     let gradient = |kind, x: &Tensor| -> Result<Tensor> {
         let dy = x.detach();
         let x = Var::from_tensor(&dy.copy()?)?;
-        let mut gradients = Alone::new(kind, &x, Some(&w), Some(&b), EPS)?.backward(&dy)?;
+        let mut gradients = RecordedOp::new(kind, &x, Some(&w), Some(&b), EPS)?.backward(&dy)?;
         Ok(gradients.remove(0).expect("a gradient of x"))
     };
     captures("batch norm", &[4, 8, 9, 5], &|x| gradient(Kind::Batch, x))?;

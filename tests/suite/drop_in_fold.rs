@@ -1,7 +1,9 @@
 //! What a changed import cannot give: candle-nn's `absorb_bn`, and its `BatchNorm` as a type.
 
 use candle_core::{DType, Device, Result, Tensor};
-use candle_nn::{Conv1dConfig, Conv2dConfig, Module, ModuleT, VarBuilder, VarMap};
+use candle_nn::{
+    Conv1dConfig, Conv2dConfig, ConvTranspose1d, ConvTranspose1dConfig, Module, ModuleT, VarBuilder, VarMap,
+};
 use candle_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, FoldBatchNorm};
 
 const CPU: &Device = &Device::Cpu;
@@ -41,6 +43,10 @@ fn a_folded_map_is_the_map_and_the_norm() -> Result<()> {
     let conv2d = candle_nn::conv2d(4, 6, 3, config, builder())?;
     let conv2d_no_bias = candle_nn::conv2d_no_bias(4, 6, 3, config, builder())?;
     let conv1d = candle_nn::conv1d(4, 6, 3, Conv1dConfig { padding: 2, ..Default::default() }, builder())?;
+    let transposed = ConvTranspose1dConfig { padding: 1, stride: 2, groups: 2, ..Default::default() };
+    let kernel = builder().get_with_hints((4, 3, 3), "weight", candle_nn::init::DEFAULT_KAIMING_NORMAL)?;
+    let transposed1d = ConvTranspose1d::new(kernel, None, transposed);
+    let transposed2d = candle_nn::conv_transpose2d(4, 6, 3, Default::default(), builder())?;
     let linear = candle_nn::linear(4, 6, builder())?;
     let x = Tensor::randn(0f32, 1., (2, 4, 7, 7), CPU)?;
     let row = x.narrow(3, 0, 1)?.squeeze(3)?;
@@ -57,6 +63,12 @@ fn a_folded_map_is_the_map_and_the_norm() -> Result<()> {
         check(folded.forward(&x)?, conv2d.forward(&x)?, "conv2d")?;
         check(conv2d_no_bias.fold_batch_norm(&bn)?.forward(&x)?, conv2d_no_bias.forward(&x)?, "no bias")?;
         check(conv1d.fold_batch_norm(&bn)?.forward(&row)?, conv1d.forward(&row)?, "conv1d")?;
+        check(
+            transposed1d.fold_batch_norm(&bn)?.forward(&row)?,
+            transposed1d.forward(&row)?,
+            "transposed 1d",
+        )?;
+        check(transposed2d.fold_batch_norm(&bn)?.forward(&x)?, transposed2d.forward(&x)?, "transposed 2d")?;
         check(linear.fold_batch_norm(&bn)?.forward(&point)?, linear.forward(&point)?, "linear")?;
     }
     Ok(())

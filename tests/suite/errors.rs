@@ -2,7 +2,7 @@
 
 use crate::common::{bits, device};
 use candle_core::{DType, Result, Tensor, Var};
-use candle_norm::functional as f;
+use candle_norm::{functional as f, ops, LayerNorm, Module};
 
 fn x(dims: &[usize]) -> Tensor {
     Tensor::ones(dims, DType::F32, device()).expect("ones")
@@ -47,6 +47,11 @@ fn ranks() {
 #[test]
 fn normalized_shapes() {
     refused(f::layer_norm(&x(&[2, 768]), &[512], None, None, 1e-5), &["layer-norm", "[2, 768]", "[512]"]);
+    let channels_first = f::layer_norm(&x(&[2, 6, 7, 7]), &[6], None, None, 1e-5);
+    refused(
+        channels_first,
+        &["[2, 6, 7, 7]", "channels in dimension 1 are normalized by functional::layer_norm_channels"],
+    );
     refused(f::rms_norm(&x(&[2, 768]), &[2], None, 1e-5), &["rms-norm", "[2, 768]", "[2]"]);
 }
 
@@ -70,6 +75,34 @@ fn parameter_shapes() {
     refused(layer(Some(&flat), None), &["layer-norm", "weight", "[24]", "[6, 4]"]);
     refused(layer(None, Some(&wrong)), &["layer-norm", "bias", "[5]", "[6, 4]"]);
     refused(f::rms_norm(&input, &[4], Some(&wrong), 1e-5), &["rms-norm", "weight", "[5]", "[4]"]);
+}
+
+/// candle-nn's layers and `ops`, whose parameters broadcast.
+#[test]
+fn parameters_that_do_not_broadcast() -> Result<()> {
+    let (input, wrong, image) = (x(&[2, 768]), x(&[512]), x(&[2, 6, 7, 7]));
+    let norm = |w: &Tensor, b: &Tensor, x: &Tensor| LayerNorm::new(w.clone(), b.clone(), 1e-5).forward(x);
+    refused(
+        norm(&wrong, &wrong, &input),
+        &["layer-norm: weight has shape [512], expected [768]", "[2, 768]"],
+    );
+    refused(norm(&x(&[768]), &wrong, &input), &["layer-norm: bias has shape [512], expected [768]"]);
+    refused(ops::rms_norm(&input, &wrong, 1e-5), &["rms-norm: weight has shape [512], expected [768]"]);
+    let hint = "channels in dimension 1 are normalized by functional::layer_norm_channels";
+    refused(norm(&x(&[6]), &x(&[6]), &image), &["weight has shape [6], expected [7]", hint]);
+    refused(ops::layer_norm(&x(&[]), &x(&[1]), &x(&[1]), 1e-5), &["layer-norm: input is a scalar"]);
+    let whole = x(&[2, 1]).to_dtype(DType::U32)?;
+    refused(ops::rms_norm(&input, &whole, 1e-5), &["rms-norm: weight has dtype U32"]);
+    refused(
+        ops::rms_norm(&input.to_dtype(DType::I64)?, &x(&[2, 1]), 1e-5),
+        &["rms-norm: input has dtype I64"],
+    );
+    refused(
+        norm(&x(&[2, 1]), &x(&[1]), &input.affine(1., 0.)?.to_dtype(DType::U8)?),
+        &["input has dtype U8"],
+    );
+    refused(ops::rms_norm(&input, &x(&[2, 1]), -1.0), &["rms-norm: eps must not be negative"]);
+    Ok(())
 }
 
 #[test]
@@ -113,9 +146,15 @@ fn eps() {
 
 #[test]
 fn one_value_per_channel() {
-    refused(batch(&x(&[1, 6]), None, None), &["batch-norm", "more than 1 value per channel", "[1, 6]"]);
+    refused(
+        batch(&x(&[1, 6]), None, None),
+        &["batch-norm", "more than 1 value per channel when normalizing with the input's own", "[1, 6]"],
+    );
     refused(batch(&x(&[1, 6, 1, 1]), None, None), &["batch-norm", "more than 1 value per channel"]);
-    refused(instance(&x(&[2, 6]), None, None), &["instance-norm", "more than 1 spatial element", "[2, 6]"]);
+    refused(
+        instance(&x(&[2, 6]), None, None),
+        &["instance-norm", "more than 1 spatial element when normalizing with the input's own", "[2, 6]"],
+    );
     refused(instance(&x(&[2, 6, 1, 1]), None, None), &["instance-norm", "more than 1 spatial element"]);
 }
 
@@ -148,6 +187,10 @@ fn running_statistics() {
     let instance = |mean, var, own| f::instance_norm(&input, mean, var, None, None, own, 0.1, 1e-5);
     refused(instance(Some(&mean), None, true), &["instance-norm", "both"]);
     refused(instance(None, None, false), &["instance-norm", "running_mean", "use_input_stats"]);
+    for own in [true, false] {
+        refused(batch(Some(&mean), Some(&mean), own), &["batch-norm", "one variable for both"]);
+        refused(instance(Some(&var), Some(&var), own), &["instance-norm", "one variable for both"]);
+    }
     refused(instance(Some(&mean), Some(&short), true), &["instance-norm", "running_var", "[5]", "[6]"]);
 }
 
@@ -163,7 +206,8 @@ fn devices() -> Result<()> {
     refused(batch(&input, Some(&elsewhere), None), &["batch-norm", "weight", "Cpu", "Cuda"]);
     refused(batch(&input, None, Some(&elsewhere)), &["batch-norm", "bias", "Cpu", "Cuda"]);
     let running = Var::from_tensor(&elsewhere)?;
-    let call = f::batch_norm(&input, Some(&running), Some(&running), None, None, true, 0.1, 1e-5);
+    let var = running.copy().and_then(|t| Var::from_tensor(&t))?;
+    let call = f::batch_norm(&input, Some(&running), Some(&var), None, None, true, 0.1, 1e-5);
     refused(call, &["batch-norm", "running_mean", "Cpu", "Cuda"]);
     refused(f::rms_norm(&x(&[2, 6]), &[6], Some(&elsewhere), 1e-5), &["rms-norm", "weight", "Cpu", "Cuda"]);
     Ok(())

@@ -55,8 +55,9 @@ fn error<T>(result: Result<T>) -> String {
 
 #[test]
 fn checkpoints_have_pytorch_names() -> Result<()> {
-    let (affine, buffers) = (["bias", "weight"], ["num_batches_tracked", "running_mean", "running_var"]);
-    let all = ["bias", "num_batches_tracked", "running_mean", "running_var", "weight"];
+    let (affine, buffers) = (["bias", "weight"], ["running_mean", "running_var"]);
+    let all = ["bias", "running_mean", "running_var", "weight"];
+    let counted = ["bias", "num_batches_tracked", "running_mean", "running_var", "weight"];
     let expect = |make: &dyn Fn(VarBuilder) -> Result<()>, expected: &[&str]| {
         let (vars, vb) = builder(DType::F32);
         make(vb)?;
@@ -65,6 +66,7 @@ fn checkpoints_have_pytorch_names() -> Result<()> {
     };
     let bn = BatchNormOptions::default();
     expect(&|vb| batch_norm2d(4, bn, vb).map(drop), &all)?;
+    expect(&|vb| batch_norm2d(4, bn.momentum(None), vb).map(drop), &counted)?;
     expect(&|vb| batch_norm1d(4, bn.affine(false), vb).map(drop), &buffers)?;
     expect(&|vb| batch_norm3d(4, bn.bias(false), vb).map(drop), &all[1..])?;
     expect(&|vb| BatchNorm::with_options(4, bn.track_running_stats(false), vb).map(drop), &affine)?;
@@ -109,7 +111,7 @@ fn candle_nn_constructors_add_only_candle_nn_names() -> Result<()> {
 #[test]
 fn candle_nn_batch_norm_counts_where_a_count_is_there() -> Result<()> {
     let (_vars, vb) = builder(DType::F32);
-    let counting = batch_norm1d(2, 1e-5, vb.clone())?;
+    let counting = batch_norm1d(2, BatchNormOptions::default().momentum(None), vb.clone())?;
     let same = batch_norm(2, 1e-5, vb)?;
     same.forward_t(&noise(&[4, 2], 1)?, true)?;
     assert_eq!(count(&counting), 1);
@@ -137,8 +139,10 @@ fn gamma_and_beta_stand_for_weight_and_bias() -> Result<()> {
 
 #[test]
 fn a_var_map_saves_and_loads_running_statistics() -> Result<()> {
+    // A cumulative average goes on from the count.
+    let options = BatchNormOptions::default().momentum(None);
     let (vars, vb) = builder(DType::F32);
-    let trained = batch_norm1d(3, 1e-5, vb)?;
+    let trained = batch_norm1d(3, options, vb)?;
     for step in 0..3 {
         trained.forward_t(&noise(&[8, 3], step)?, true)?;
     }
@@ -146,11 +150,11 @@ fn a_var_map_saves_and_loads_running_statistics() -> Result<()> {
     vars.save(&file)?;
 
     let (mut vars, vb) = builder(DType::F32);
-    let loaded = batch_norm1d(3, 1e-5, vb)?;
+    let loaded = batch_norm1d(3, options, vb)?;
     vars.load(&file)?;
     let bytes = std::fs::read(&file)?;
     let vb = VarBuilder::from_buffered_safetensors(bytes, DType::F32, CPU)?;
-    let opened = batch_norm1d(3, 1e-5, vb)?;
+    let opened = batch_norm1d(3, options, vb)?;
     std::fs::remove_file(&file)?;
 
     let x = noise(&[5, 3], 9)?;
@@ -159,6 +163,26 @@ fn a_var_map_saves_and_loads_running_statistics() -> Result<()> {
         assert_eq!(count(&bn), 3);
         assert_eq!(values(&bn.forward_t(&x, false)?)?, expected);
     }
+    Ok(())
+}
+
+/// candle-nn's checkpoints have no count, and `VarMap::load` wants every name that the map has.
+#[test]
+fn a_var_map_loads_a_checkpoint_of_candle_nn() -> Result<()> {
+    let (theirs, vb) = builder(DType::F32);
+    let trained = candle_nn::batch_norm(3, 1e-5, vb.pp("bn"))?;
+    trained.forward_t(&noise(&[8, 3], 1)?, true)?;
+    let file = std::env::temp_dir().join(format!("candle-norm-theirs-{}.safetensors", std::process::id()));
+    theirs.save(&file)?;
+
+    let (mut vars, vb) = builder(DType::F32);
+    let bn = batch_norm2d(3, 1e-5, vb.pp("bn"))?;
+    vars.load(&file)?;
+    std::fs::remove_file(&file)?;
+    assert_eq!(count(&bn), 0);
+    assert_eq!(values(bn.running_mean())?, values(trained.running_mean())?);
+    bn.forward_t(&noise(&[2, 3, 2, 2], 2)?, true)?;
+    assert_eq!(count(&bn), 1);
     Ok(())
 }
 
@@ -218,6 +242,8 @@ fn without_running_statistics_the_batch_serves_both() -> Result<()> {
     assert_eq!(values(&bn.forward_t(&x, true)?)?, values(&bn.forward_t(&x, false)?)?);
     assert_eq!(values(bn.running_mean())?, [0., 0., 0.]);
     assert!(bn.num_batches_tracked().is_none());
+    let cumulative = BatchNormOptions::default().track_running_stats(false).momentum(None);
+    assert!(batch_norm2d(3, cumulative, builder(DType::F32).1)?.momentum().is_nan(), "no number to give");
     Ok(())
 }
 
@@ -242,6 +268,73 @@ fn frozen_statistics_stay_and_the_affine_trains() -> Result<()> {
     bn.set_frozen_statistics(false)?;
     bn.forward_t(&x, true)?;
     assert_eq!(count(&bn), 1);
+    Ok(())
+}
+
+#[test]
+fn a_weight_without_a_bias_in_group_and_instance_norm() -> Result<()> {
+    let x = noise(&[2, 4, 3], 3)?;
+    let weight = Tensor::new(&[2f32, 3., 4., 5.], CPU)?;
+    let (vars, vb) = builder(DType::F32);
+    let group = GroupNorm::with_options(2, 4, GroupNormOptions::default().bias(false), vb.pp("g"))?;
+    let options = InstanceNormOptions::default().affine(true).bias(false);
+    let instance = instance_norm1d(4, options, vb.pp("i"))?;
+    assert_eq!(names(&vars), ["g.weight", "i.weight"]);
+    vars.data().lock().unwrap().values().try_for_each(|var| var.set(&weight))?;
+    let expected = candle_norm::functional::group_norm(&x, 2, Some(&weight), None, 1e-5)?;
+    assert_eq!(values(&group.forward(&x)?)?, values(&expected)?);
+    let expected =
+        candle_norm::functional::instance_norm(&x, None, None, Some(&weight), None, true, 0.1, 1e-5)?;
+    assert_eq!(values(&instance.forward(&x)?)?, values(&expected)?);
+    assert_eq!(group.to_string(), "GroupNorm(2, 4, eps=1e-05, affine=True, bias=False)");
+    assert!(instance.to_string().ends_with("affine=True, track_running_stats=False, bias=False)"));
+    Ok(())
+}
+
+/// The layer, the shape it wants and candle's own words.
+#[test]
+fn a_tensor_that_a_checkpoint_lacks() -> Result<()> {
+    let tensors = HashMap::from([("ln.weight".to_string(), Tensor::ones(4, DType::F32, CPU)?)]);
+    let vb = VarBuilder::from_tensors(tensors, DType::F32, CPU);
+    let missing = [
+        (error(layer_norm(4, 1e-5, vb.pp("ln"))), "layer-norm: expected bias of shape [4]", "ln.bias"),
+        (error(rms_norm(4, 1e-5, vb.pp("r"))), "rms-norm: expected weight of shape [4]", "r.weight"),
+        (error(group_norm(2, 4, 1e-5, vb.pp("g"))), "group-norm: expected weight of shape [4]", "g.weight"),
+        (
+            error(batch_norm(4, 1e-5, vb.pp("b"))),
+            "batch-norm: expected running_mean of shape [4]",
+            "running_mean",
+        ),
+        (
+            error(instance_norm2d(4, InstanceNormOptions::default().affine(true), vb.pp("i"))),
+            "instance-norm: expected weight of shape [4]",
+            "i.weight",
+        ),
+    ];
+    for (message, ours, theirs) in missing {
+        assert!(message.contains(ours) && message.contains(theirs), "{message}");
+    }
+    Ok(())
+}
+
+#[test]
+fn a_negative_eps_is_refused_when_a_layer_is_made() -> Result<()> {
+    let vb = || builder(DType::F32).1;
+    let messages = [
+        error(layer_norm(6, -1e-5, vb())),
+        error(candle_norm::layer_norm_no_bias(6, -1e-5, vb())),
+        error(rms_norm(6, -1e-5, vb())),
+        error(group_norm(2, 6, -1e-5, vb())),
+        error(batch_norm(6, -1e-5, vb())),
+        error(LayerNorm::no_affine(6, -1e-5)),
+        error(batch_norm(6, BatchNormConfig { momentum: 1.5, ..Default::default() }, vb())),
+    ];
+    for message in messages {
+        assert!(
+            message.contains("eps must not be negative, got -0.00001") || message.contains("got 1.5"),
+            "{message}"
+        );
+    }
     Ok(())
 }
 
@@ -362,7 +455,7 @@ fn errors_say_what_came_and_what_was_expected() -> Result<()> {
     let contains = |message: String, part: &str| assert!(message.contains(part), "{message}");
     contains(
         error(batch_norm2d(3, 1e-5, vb())?.forward_t(&x(&[2, 3, 4])?, true)),
-        "batch-norm-2d: input has shape [2, 3, 4], expected 4 dimensions",
+        "batch-norm: input has shape [2, 3, 4], expected 4 dimensions",
     );
     contains(error(batch_norm1d(3, 1e-5, vb())?.forward_t(&x(&[2, 4])?, false)), "expected 3 channels");
     contains(error(batch_norm1d(3, -1.0, vb())), "eps must not be negative, got -1");
@@ -381,14 +474,14 @@ fn errors_say_what_came_and_what_was_expected() -> Result<()> {
     contains(error(LayerNorm::with_options((), 1e-5, vb())), "at least one dimension");
     contains(
         error(layer_norm(3, 1e-5, vb())?.forward(&x(&[2, 4])?)),
-        "layer-norm: input has shape [2, 4], expected its last dimensions to be [3]",
+        "layer-norm: weight has shape [3], expected [4] or what broadcasts against the input's [2, 4]",
     );
-    contains(error(rms_norm(3, 1e-5, vb())?.forward(&x(&[2, 4])?)), "rms-norm: input has shape [2, 4]");
+    contains(error(rms_norm(3, 1e-5, vb())?.forward(&x(&[2, 4])?)), "rms-norm: weight has shape [3]");
     contains(error(instance_norm1d(3, 1e-5, vb())?.forward(&x(&[3, 1])?)), "more than 1 spatial element");
     let affine = InstanceNormOptions::default().affine(true);
     contains(
         error(instance_norm1d(3, affine, vb())?.forward(&x(&[2, 4])?)),
-        "instance-norm-1d: input has shape [2, 4], expected 3 channels in dimension 0",
+        "instance-norm: input has shape [2, 4], expected 3 channels in dimension 0",
     );
     Ok(())
 }

@@ -8,7 +8,7 @@ use candle_norm::{batch_norm1d, group_norm, instance_norm1d, layer_norm, rms_nor
 use std::collections::HashMap;
 
 const CPU: &Device = &Device::Cpu;
-const BUFFERS: [&str; 3] = ["norm.num_batches_tracked", "norm.running_mean", "norm.running_var"];
+const BUFFERS: [&str; 2] = ["norm.running_mean", "norm.running_var"];
 
 type Norm = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
 

@@ -2,16 +2,20 @@
 //!
 //! Apart from the layer, because there are many and each is a few lines of getting and checking.
 
-use super::{Affine, BatchNorm, BatchNormConfig, BatchNormOptions};
+use super::{Affine, BatchNorm, BatchNormConfig, BatchNormOptions, OP};
 use crate::functional::check_momentum;
 use crate::layers::params::{self, check_eps};
 use crate::layers::running::RunningStatistics;
-use candle_core::{bail, Result, Tensor};
+use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;
 
 impl BatchNorm {
     /// A layer with PyTorch's arguments for inputs of any rank from 2 up; parameters `weight` and
     /// `bias`, buffers `running_mean`, `running_var` and `num_batches_tracked` come from `vb`.
+    ///
+    /// A `VarMap` gets a `num_batches_tracked` of this layer only where `momentum` is `None`, because only
+    /// then results depend on it; so the map loads checkpoints that lack it, as candle-nn's do. Any layer
+    /// starts to count at what `vb` has, or at 0.
     ///
     /// # Errors
     /// A tensor that `vb` lacks or has in another shape, a negative `eps`, a `momentum` outside
@@ -25,7 +29,7 @@ impl BatchNorm {
     /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
     /// let bn = BatchNorm::with_options(8, BatchNormOptions::default().bias(false), vb)?;
     /// assert!(bn.weight().is_some() && bn.bias().is_none());
-    /// assert_eq!(vars.all_vars().len(), 4);
+    /// assert_eq!(vars.all_vars().len(), 3);
     /// # Ok(()) }
     /// ```
     pub fn with_options(
@@ -42,17 +46,15 @@ impl BatchNorm {
         options: BatchNormOptions,
         vb: VarBuilder,
     ) -> Result<Self> {
-        check_eps("batch-norm", options.eps)?;
-        options.momentum.map_or(Ok(()), |m| check_momentum("batch-norm", m))?;
-        check_frozen(options.frozen_statistics, options.track_running_stats)?;
+        check_options(&options)?;
         let statistics = match options.track_running_stats {
-            true => RunningStatistics::get("batch-norm", num_features, &vb)?,
-            false => RunningStatistics::constant(num_features, &vb)?,
+            true => RunningStatistics::get(OP, num_features, options.momentum.is_none(), &vb)?,
+            false => RunningStatistics::constant(num_features, vb.dtype(), vb.device())?,
         };
         let affine = if options.affine {
-            let weight = params::weight(&vb, num_features, "weight")?;
+            let weight = params::weight(OP, &vb, num_features, "weight")?;
             let bias = match options.bias {
-                true => params::bias(&vb, num_features, "bias")?,
+                true => params::bias(OP, &vb, num_features, "bias")?,
                 false => weight.zeros_like()?,
             };
             Some(Affine { weight, bias })
@@ -60,6 +62,56 @@ impl BatchNorm {
             None
         };
         Ok(Self { num_features, dims, affine, statistics, remove_mean: true, options, sync: None })
+    }
+
+    /// A layer of tensors that come from elsewhere than a `VarBuilder`: a GGUF file, a shard. `running` is
+    /// the running mean and the running unbiased variance.
+    ///
+    /// Weight, bias and running statistics are what is given, whatever the options say about them. Running
+    /// statistics that are f32 or f64 variables are shared, those in half precision become f32.
+    ///
+    /// # Errors
+    /// A tensor of another shape than `[num_features]`, a negative `eps`, a `momentum` outside `0..=1`,
+    /// frozen statistics without running statistics.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_norm::{BatchNorm, ModuleT};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let mean = Tensor::new(&[1f32, 2.], &Device::Cpu)?;
+    /// let var = Tensor::new(&[4f32, 9.], &Device::Cpu)?;
+    /// let bn = BatchNorm::from_tensors(2, Some((mean, var)), None, None, 0.0)?;
+    /// let y = bn.forward_t(&Tensor::new(&[[3f32, 8.]], &Device::Cpu)?, false)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[1., 2.]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn from_tensors(
+        num_features: usize,
+        running: Option<(Tensor, Tensor)>,
+        weight: Option<Tensor>,
+        bias: Option<Tensor>,
+        options: impl Into<BatchNormOptions>,
+    ) -> Result<Self> {
+        let (affine, has_bias, tracks) =
+            (weight.is_some() || bias.is_some(), bias.is_some(), running.is_some());
+        let options = options.into().affine(affine).bias(has_bias || !affine).track_running_stats(tracks);
+        check_options(&options)?;
+        let (mean, var) = running.unzip();
+        let tensors = [("weight", &weight), ("bias", &bias), ("running_mean", &mean), ("running_var", &var)];
+        tensors
+            .iter()
+            .try_for_each(|(what, t)| params::check_shape(OP, what, t.as_ref(), &[num_features]))?;
+        let statistics = match (&mean, &var) {
+            (Some(mean), Some(var)) => RunningStatistics::adopt(mean, var)?,
+            _ => RunningStatistics::constant(num_features, DType::F32, &Device::Cpu)?,
+        };
+        let affine = match (weight, bias) {
+            (None, None) => None,
+            (Some(weight), Some(bias)) => Some(Affine { weight, bias }),
+            (Some(weight), None) => Some(Affine { bias: weight.zeros_like()?, weight }),
+            (None, Some(bias)) => Some(Affine { weight: bias.ones_like()?, bias }),
+        };
+        Ok(Self { num_features, dims: None, affine, statistics, remove_mean: true, options, sync: None })
     }
 
     /// A layer of these tensors, with momentum 0.1. Running statistics that are variables are shared.
@@ -115,8 +167,8 @@ impl BatchNorm {
         eps: f64,
         momentum: f64,
     ) -> Result<Self> {
-        check_shape("weight", &weight, num_features)?;
-        check_shape("bias", &bias, num_features)?;
+        params::check_shape(OP, "weight", Some(&weight), &[num_features])?;
+        params::check_shape(OP, "bias", Some(&bias), &[num_features])?;
         let affine = Some(Affine { weight, bias });
         Self::from_parts(num_features, running_mean, running_var, affine, eps, momentum)
     }
@@ -143,26 +195,24 @@ impl BatchNorm {
         eps: f64,
         momentum: f64,
     ) -> Result<Self> {
-        check_eps("batch-norm", eps)?;
-        check_momentum("batch-norm", momentum)?;
-        check_shape("running_mean", &running_mean, num_features)?;
-        check_shape("running_var", &running_var, num_features)?;
+        params::check_shape(OP, "running_mean", Some(&running_mean), &[num_features])?;
+        params::check_shape(OP, "running_var", Some(&running_var), &[num_features])?;
         let options = BatchNormOptions::default().eps(eps).momentum(momentum).affine(affine.is_some());
+        check_options(&options)?;
         let statistics = RunningStatistics::share(&running_mean, &running_var)?;
         Ok(Self { num_features, dims: None, affine, statistics, remove_mean: true, options, sync: None })
     }
 }
 
-fn check_shape(what: &str, tensor: &Tensor, num_features: usize) -> Result<()> {
-    if tensor.dims() != [num_features] {
-        bail!("batch-norm: {what} has shape {:?}, expected [{num_features}]", tensor.dims())
-    }
-    Ok(())
+fn check_options(options: &BatchNormOptions) -> Result<()> {
+    check_eps(OP, options.eps)?;
+    options.momentum.map_or(Ok(()), |m| check_momentum(OP, m))?;
+    check_frozen(options.frozen_statistics, options.track_running_stats)
 }
 
 pub(super) fn check_frozen(frozen: bool, tracks: bool) -> Result<()> {
     if frozen && !tracks {
-        bail!("batch-norm: frozen_statistics expects track_running_stats, got a layer that tracks none")
+        bail!("{OP}: frozen_statistics expects track_running_stats, got a layer that tracks none")
     }
     Ok(())
 }
@@ -170,8 +220,10 @@ pub(super) fn check_frozen(frozen: bool, tracks: bool) -> Result<()> {
 /// candle-nn's constructor: `weight`, `bias`, `running_mean` and `running_var` from `vb`, for inputs
 /// of any rank from 2 up.
 ///
+/// For the arguments of PyTorch, [`BatchNormOptions`], there is [`BatchNorm::with_options`].
+///
 /// # Errors
-/// A tensor that `vb` lacks or has in another shape, a negative `eps`.
+/// A tensor that `vb` lacks or has in another shape, a negative `eps`, a `momentum` outside `0..=1`.
 ///
 /// ```
 /// use candle_core::{DType, Device};
@@ -190,15 +242,15 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
     vb: VarBuilder,
 ) -> Result<BatchNorm> {
     let BatchNormConfig { eps, remove_mean, affine, momentum } = config.into();
-    check_eps("batch-norm", eps)?;
-    let statistics = RunningStatistics::get_like_candle_nn(num_features, &vb)?;
+    let options = BatchNormOptions::default().eps(eps).momentum(momentum).affine(affine);
+    check_options(&options)?;
+    let statistics = RunningStatistics::get_like_candle_nn(OP, num_features, &vb)?;
     let affine = if affine {
-        let weight = params::weight(&vb, num_features, "weight")?;
-        Some(Affine { weight, bias: params::bias(&vb, num_features, "bias")? })
+        let weight = params::weight(OP, &vb, num_features, "weight")?;
+        Some(Affine { weight, bias: params::bias(OP, &vb, num_features, "bias")? })
     } else {
         None
     };
-    let options = BatchNormOptions::default().eps(eps).momentum(momentum).affine(affine.is_some());
     Ok(BatchNorm { num_features, dims: None, affine, statistics, remove_mean, options, sync: None })
 }
 

@@ -41,6 +41,10 @@ impl From<f64> for BatchNormConfig {
 options! {
     /// PyTorch's arguments of batch normalization, and two that PyTorch lacks.
     ///
+    /// For [`BatchNorm::with_options`](super::BatchNorm::with_options) and
+    /// [`batch_norm2d`](super::batch_norm2d) and its like; candle-nn's
+    /// [`batch_norm`](fn@super::batch_norm) takes a [`BatchNormConfig`].
+    ///
     /// ```
     /// use candle_norm::batch_norm::BatchNormOptions;
     /// let options = BatchNormOptions::default().eps(1e-3).momentum(None).affine(false);

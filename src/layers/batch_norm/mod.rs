@@ -30,7 +30,7 @@
 //! ```
 
 use super::params;
-use super::repr::{truth, Float, Maybe};
+use super::repr::{no_bias, truth, Float, Maybe};
 use super::running::RunningStatistics;
 use crate::autograd::Synchronized;
 use crate::functional;
@@ -41,9 +41,13 @@ use std::fmt;
 
 mod build;
 mod config;
+mod frozen;
 
 pub use build::{batch_norm, batch_norm1d, batch_norm2d, batch_norm3d};
 pub use config::{BatchNormConfig, BatchNormOptions};
+pub use frozen::FrozenBatchNorm;
+
+const OP: &str = "batch-norm";
 
 /// Batch normalization of `[N, C, ..]`: see the [module](self).
 ///
@@ -81,12 +85,14 @@ impl BatchNorm {
         self.num_features
     }
 
-    /// Running mean `[C]`; zeros where the layer tracks none.
+    /// Running mean `[C]`; zeros where the layer tracks none, since candle-nn's signature has no `Option`
+    /// here.
     pub fn running_mean(&self) -> &Tensor {
         self.statistics.mean.as_tensor()
     }
 
-    /// Running unbiased variance `[C]`; ones where the layer tracks none.
+    /// Running unbiased variance `[C]`; ones where the layer tracks none, since candle-nn's signature has no
+    /// `Option` here.
     pub fn running_var(&self) -> &Tensor {
         self.statistics.var.as_tensor()
     }
@@ -103,9 +109,10 @@ impl BatchNorm {
     }
 
     /// Weight of the next batch in the running statistics. For a cumulative average
-    /// ([`BatchNormOptions::momentum`] of `None`) that is one over the number of batches then seen.
+    /// ([`BatchNormOptions::momentum`] of `None`) that is one over the number of batches then seen, and NaN
+    /// where the layer has no running statistics and so counts none.
     pub fn momentum(&self) -> f64 {
-        self.statistics.factor(self.options.momentum).unwrap_or(0.0)
+        self.statistics.factor(self.options.momentum).unwrap_or(f64::NAN)
     }
 
     /// The options that the layer follows.
@@ -169,7 +176,7 @@ impl BatchNorm {
     /// # Errors
     /// A weight or bias that is not a variable; then nothing is reset.
     pub fn reset_parameters(&self) -> Result<()> {
-        params::reset("batch-norm", &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])?;
+        params::reset(OP, &[("weight", self.weight(), 1.0), ("bias", self.bias(), 0.0)])?;
         self.reset_running_stats()
     }
 
@@ -192,18 +199,18 @@ impl BatchNorm {
     }
 
     pub(crate) fn check_input(&self, x: &Tensor) -> Result<()> {
-        let (op, rank, shape) = (self.op(), x.rank(), x.dims());
+        let (rank, shape) = (x.rank(), x.dims());
         match self.dims {
-            None if rank < 2 => bail!("{op}: input has shape {shape:?}, expected at least 2 dimensions"),
+            None if rank < 2 => bail!("{OP}: input has shape {shape:?}, expected at least 2 dimensions"),
             Some(1) if !(2..=3).contains(&rank) => {
-                bail!("{op}: input has shape {shape:?}, expected 2 or 3 dimensions")
+                bail!("{OP}: input has shape {shape:?}, expected 2 or 3 dimensions")
             }
             Some(dims) if dims > 1 && rank != dims + 2 => {
-                bail!("{op}: input has shape {shape:?}, expected {} dimensions", dims + 2)
+                bail!("{OP}: input has shape {shape:?}, expected {} dimensions", dims + 2)
             }
             _ if shape[1] != self.num_features => {
                 bail!(
-                    "{op}: input has shape {shape:?}, expected {} channels in dimension 1",
+                    "{OP}: input has shape {shape:?}, expected {} channels in dimension 1",
                     self.num_features
                 )
             }
@@ -211,13 +218,9 @@ impl BatchNorm {
         }
     }
 
-    fn op(&self) -> &'static str {
-        match self.dims {
-            Some(1) => "batch-norm-1d",
-            Some(2) => "batch-norm-2d",
-            Some(3) => "batch-norm-3d",
-            _ => "batch-norm",
-        }
+    /// PyTorch's name of the layer.
+    fn name(&self) -> String {
+        self.dims.map_or("BatchNorm".into(), |dims| format!("BatchNorm{dims}d"))
     }
 
     fn forward_batch(&self, x: &Tensor, train: bool) -> Result<Tensor> {
@@ -250,8 +253,8 @@ impl BatchNorm {
         let n = rows.dim(1)?;
         if n < 2 {
             bail!(
-                "{}: expected more than 1 value per channel when training, got input size {:?}",
-                self.op(),
+                "{OP}: expected more than 1 value per channel {}, got input size {:?}",
+                functional::OWN,
                 x.dims()
             )
         }
@@ -291,13 +294,12 @@ impl fmt::Display for BatchNorm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let name = match self.dims {
             _ if self.sync.is_some() => "SyncBatchNorm".to_string(),
-            Some(dims) => format!("BatchNorm{dims}d"),
-            None => "BatchNorm".to_string(),
+            _ => self.name(),
         };
         let o = &self.options;
         let (eps, momentum) = (Float(o.eps), Maybe(o.momentum));
         let (affine, track) = (truth(o.affine), truth(o.track_running_stats));
-        let bias = if o.affine && !o.bias { ", bias=False" } else { "" };
+        let bias = no_bias(o.affine, o.bias);
         write!(
             f,
             "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track}{bias})",
