@@ -4,7 +4,9 @@
 //! All functions take inputs of dtype f16, bf16, f32 or f64 and parameters of any of these. They
 //! accumulate in f32 (f64 for f64 inputs), round once, and return the input's shape and dtype. An input
 //! that is a permuted view of contiguous memory (channels-last) is normalized where it lies and the output
-//! has the same memory order; any other strided input is copied first, and the output is contiguous.
+//! has the same memory order; any other strided input is copied first, and the output is contiguous. Layer
+//! and RMS norm copy nothing where the normalized dimensions alone are contiguous (a part of a larger last
+//! dimension, heads of attention): they read the rows where they lie.
 //!
 //! Rust has no default arguments; PyTorch's are `eps` 1e-5 (in `rms_norm` the machine epsilon), `momentum`
 //! 0.1, `training` false and `use_input_stats` true.
@@ -385,10 +387,13 @@ fn over_channels(
     let channels = check_channels(op, input, 2)?;
     let last: Vec<usize> = [0].into_iter().chain(2..input.rank()).chain([1]).collect();
     let order = Order(Some(last));
-    // The view is dense wherever the input is; any other input is copied in its own order.
-    let dense = geometry::layer(input.dims(), input.stride(), input.rank(), center).is_some();
-    let input = if dense { input.clone() } else { input.contiguous()? };
-    order.back(apply_layer(op, &order.there(&input)?, &[channels], weight, bias, eps, center)?)
+    let view = order.there(input)?;
+    // What cannot be read where it lies is copied in the input's order, not in the view's.
+    let view = match place_rows(&view, &[channels], center, false) {
+        Some(_) => view,
+        None => order.there(&input.contiguous()?)?,
+    };
+    order.back(apply_layer(op, &view, &[channels], weight, bias, eps, center)?)
 }
 
 pub(crate) fn apply_layer(
@@ -407,6 +412,20 @@ pub(crate) fn apply_layer(
     layer_around(op, input, shape, weight, bias, eps, center, Around::default())
 }
 
+/// The same with a contiguous output, as candle-nn's layers return it.
+pub(crate) fn contiguous_layer(
+    op: &'static str,
+    input: &Tensor,
+    shape: &[usize],
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    eps: f64,
+    center: bool,
+) -> Result<Tensor> {
+    let around = Around { contiguous: true, ..Around::default() };
+    layer_around(op, input, shape, weight, bias, eps, center, around)?.contiguous()
+}
+
 /// Layer and RMS norm with what stands around them.
 #[allow(clippy::too_many_arguments)] // those of the functions that call it
 fn layer_around(
@@ -423,8 +442,19 @@ fn layer_around(
     check_param(op, "weight", input, weight, shape)?;
     check_param(op, "bias", input, bias, shape)?;
     check_param(op, "skip", input, around.skip, input.dims())?;
-    let place = |x: &Tensor| geometry::layer(x.dims(), x.stride(), shape.len(), center);
+    let place = |x: &Tensor| place_rows(x, shape, center, around.contiguous);
     apply(op, input, place, weight, bias, eps, Source::Input(None), around)
+}
+
+/// Where an input of layer or RMS norm lies: in the memory order of a dense permutation, which the output has
+/// too; or in rows of something larger, where it is read and from which the output is contiguous.
+fn place_rows(x: &Tensor, shape: &[usize], center: bool, contiguous: bool) -> Option<Placed> {
+    let rows = || geometry::rows(x.dims(), x.stride(), shape.len(), center);
+    match geometry::layer(x.dims(), x.stride(), shape.len(), center) {
+        Some(placed) if placed.order.is_none() => Some(placed),
+        Some(placed) if !contiguous => Some(placed),
+        placed => rows().or(placed),
+    }
 }
 
 fn check_layer(op: &str, input: &Tensor, shape: &[usize], eps: f64) -> Result<()> {
@@ -459,6 +489,8 @@ struct Around<'a> {
     skip: Option<&'a Tensor>,
     gate: Option<&'a Tensor>,
     fusion: Fusion,
+    /// Whether the output is to be contiguous rather than in the memory order of the input.
+    contiguous: bool,
 }
 
 /// The one way in: from checked arguments to the op, in the memory order of the input.
@@ -533,7 +565,8 @@ fn in_memory_order(
         None => dense(name, input, place)?,
     };
     let order = Order(placed.order);
-    let y = run(Norm::new(name, placed.geometry, eps), &order, &order.there(&input)?)?;
+    let norm = Norm { x_blocks: placed.blocks, ..Norm::new(name, placed.geometry, eps) };
+    let y = run(norm, &order, &order.there(&input)?)?;
     order.back(y)
 }
 

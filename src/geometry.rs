@@ -119,8 +119,55 @@ enum Role {
 pub struct Placed {
     /// The block in memory order.
     pub geometry: Geometry,
-    /// `input.permute(order)` is contiguous; `None` where the input is already.
+    /// `input.permute(order)` is contiguous; `None` where the input is already, or lies in blocks.
     pub order: Option<Vec<usize>>,
+    /// Where the blocks lie, if not one behind the other.
+    pub blocks: Option<Blocks>,
+}
+
+/// Where the blocks (`outer`) of an x lie that is not contiguous as a whole, for geometries of one row a
+/// block: block `o`, counted through `dims` from the last on, starts at the sum of index times stride.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Blocks {
+    /// Outermost first, 1 where there is none; their product is `outer`.
+    pub dims: [usize; 4],
+    /// In elements.
+    pub strides: [usize; 4],
+}
+
+impl Blocks {
+    /// Leading dimensions as few as their strides allow; `None` where that is more than four.
+    fn of(dims: &[usize], stride: &[usize]) -> Option<Blocks> {
+        let mut merged: Vec<(usize, usize)> = vec![];
+        for (&dim, &stride) in dims.iter().zip(stride).filter(|(&dim, _)| dim != 1) {
+            match merged.last_mut() {
+                Some((before, outer)) if *outer == dim * stride => {
+                    (*before, *outer) = (*before * dim, stride)
+                }
+                _ => merged.push((dim, stride)),
+            }
+        }
+        let mut blocks = Blocks { dims: [1; 4], strides: [0; 4] };
+        let first = blocks.dims.len().checked_sub(merged.len())?;
+        for (i, (dim, stride)) in merged.into_iter().enumerate() {
+            (blocks.dims[first + i], blocks.strides[first + i]) = (dim, stride);
+        }
+        Some(blocks)
+    }
+}
+
+/// Layer and RMS norm over the last `normalized` dimensions of an input that is contiguous in these alone: rows
+/// cut out of larger ones, heads of attention beside each other. The output is contiguous.
+pub fn rows(dims: &[usize], stride: &[usize], normalized: usize, center: bool) -> Option<Placed> {
+    let lead = dims.len() - normalized;
+    let inner = memory_order(&dims[lead..], &stride[lead..])?;
+    if dims.contains(&0) || !inner.is_sorted() {
+        return None;
+    }
+    let blocks = Blocks::of(&dims[..lead], &stride[..lead])?;
+    let (outer, n) = (dims[..lead].iter().product(), dims[lead..].iter().product());
+    let geometry = Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center };
+    Some(Placed { geometry, order: None, blocks: Some(blocks) })
 }
 
 /// Layer and RMS norm over the last `normalized` dimensions; `None` when the strides are not
@@ -143,7 +190,7 @@ pub fn layer(dims: &[usize], stride: &[usize], normalized: usize, center: bool) 
     } else {
         Geometry { outer: before, rows: n, width: after, run: 1, affine: Affine::Row, center }
     };
-    Some(Placed { geometry, order: order_unless_identity(order, dims, stride) })
+    Some(Placed { geometry, order: order_unless_identity(order, dims, stride), blocks: None })
 }
 
 /// Which sets the channels of `[N, C, spatial..]` form.
@@ -189,7 +236,7 @@ pub fn channels(dims: &[usize], stride: &[usize], channels: Channels) -> Option<
         (Channels::Groups(g), true) => (n, s, c, c.checked_div(g).unwrap_or(0)),
     };
     let geometry = Geometry { outer, rows, width, run, affine: Affine::Column { span }, center: true };
-    Some(Placed { geometry, order: order_unless_identity(order, dims, stride) })
+    Some(Placed { geometry, order: order_unless_identity(order, dims, stride), blocks: None })
 }
 
 /// Dimensions sorted from the outermost in memory to the innermost, if they tile it densely.

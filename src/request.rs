@@ -8,6 +8,7 @@
 //! `var` is biased. RMS norm has `mean = mean_low = 0` and the mean square as `var`.
 
 use crate::fusion::Fusion;
+pub(crate) use crate::geometry::Blocks;
 use crate::geometry::Geometry;
 use candle_core::{DType, Result, Tensor, Var};
 
@@ -50,16 +51,6 @@ impl Norm {
             self.fusion.tokens.map_or(1, |tokens| self.geometry.outer.checked_div(tokens).unwrap_or(0));
         sets * self.geometry.params()
     }
-}
-
-/// Where the blocks (`outer`) of an x lie that is not contiguous as a whole, for geometries of one row a
-/// block: block `o`, counted through `dims` from the last on, starts at the sum of index times stride.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub(crate) struct Blocks {
-    /// Outermost first, 1 where there is none; their product is `outer`.
-    pub dims: [usize; 4],
-    /// In elements.
-    pub strides: [usize; 4],
 }
 
 /// Statistics that do not come from the input, each `[sets]`, of any of the four dtypes: the running

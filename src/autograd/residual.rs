@@ -24,6 +24,8 @@ pub(crate) fn add_normalize(
 ) -> Result<(Tensor, Tensor)> {
     let mut fused = norm;
     fused.fusion.residual = Some(residual.dtype());
+    // The sum is contiguous wherever x lies.
+    let norm = Norm { x_blocks: None, ..norm };
     let kernels = device::has_kernels(x.device()) && !second_order();
     if !kernels || !device::fuses(x.device(), &fused, x.dtype())? {
         let sum = (widened(x, residual)? + widened(residual, x)?)?.to_dtype(residual.dtype())?;

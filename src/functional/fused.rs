@@ -126,7 +126,7 @@ fn add_norm(
     check_param(op, "weight", input, weight, shape)?;
     check_param(op, "bias", input, bias, shape)?;
     check_param(op, "residual", input, Some(residual), input.dims())?;
-    let place = |x: &Tensor| geometry::layer(x.dims(), x.stride(), shape.len(), center);
+    let place = |x: &Tensor| place_rows(x, shape, center, false);
     let mut sum = None;
     let normed = in_memory_order(op, input, place, eps, |norm, order, x| {
         let parts = parts(order, weight, bias, &Around::default())?;
@@ -267,14 +267,17 @@ fn modulated(
     };
     let scale = full(scale, of_scale)?;
     let shift = shift.map(|shift| full(shift, of_shift)).transpose()?;
-    // A sample's parameters are found by counting blocks, which wants them in the order of the input.
-    let input = input.contiguous()?;
+    // A sample's parameters are found by counting blocks, which wants them in the order of the input: read in
+    // rows where they lie, copied where the rows themselves are not in order.
+    let place = |x: &Tensor| match geometry::layer(x.dims(), x.stride(), shape.len(), center) {
+        Some(placed) if placed.order.is_none() => Some(placed),
+        _ => geometry::rows(x.dims(), x.stride(), shape.len(), center),
+    };
     let blocks = input.elem_count() / shape.iter().product::<usize>().max(1);
     let tokens = (samples > 1).then_some(blocks / samples.max(1));
     let fusion = Fusion { weight_offset: 1.0, tokens, ..Fusion::default() };
     let around = Around { fusion, ..Around::default() };
-    let place = |x: &Tensor| geometry::layer(x.dims(), x.stride(), shape.len(), center);
-    apply(op, &input, place, Some(&scale), shift.as_ref(), eps, Source::Input(None), around)
+    apply(op, input, place, Some(&scale), shift.as_ref(), eps, Source::Input(None), around)
 }
 
 /// How many samples have parameters of their own in `param`.
@@ -494,7 +497,7 @@ fn activated(
     check_like(op, "skip", input, skip)?;
     let fused = FusedActivation::of(activation);
     let fusion = Fusion { activation: fused, skip: skip.is_some(), ..Fusion::default() };
-    let y = norm(Around { skip, gate: None, fusion })?;
+    let y = norm(Around { skip, fusion, ..Around::default() })?;
     match fused {
         Some(_) => Ok(y),
         None => activation.forward(&y),

@@ -4,8 +4,8 @@
 //! Apart from `layer_norm` and `rms_norm`, PyTorch's, where `normalized_shape` says what is normalized and
 //! what shape the parameters have.
 
-use super::apply_layer;
 use super::checks::{channels_hint, check_device, check_dtype, check_input};
+use super::{apply_layer, contiguous_layer};
 use crate::request::accumulation_dtype;
 use candle_core::{bail, Result, Tensor};
 
@@ -27,7 +27,7 @@ pub(crate) fn last_dim(
     }
     let vector = |param: &Tensor| if param.rank() == 1 { Ok(param.clone()) } else { param.reshape(n) };
     let (weight, bias) = (weight.map(vector).transpose()?, bias.map(vector).transpose()?);
-    apply_layer(op, input, &[n], weight.as_ref(), bias.as_ref(), eps, center)?.contiguous()
+    contiguous_layer(op, input, &[n], weight.as_ref(), bias.as_ref(), eps, center)
 }
 
 /// `[n]`, or `[1, .., 1, n]` of at most the input's rank: each set has the same `n` parameters.

@@ -152,3 +152,43 @@ fn empty_inputs_have_a_geometry() {
         assert_eq!(layer(&dims, &stride, 2, true).unwrap().geometry.elements(), 0);
     }
 }
+
+/// Every block starts where its strides say, for views of up to four leading dimensions.
+#[test]
+fn blocks_lie_where_the_strides_say() {
+    let inner = [(vec![4], vec![1]), (vec![2, 3], vec![3, 1])];
+    let leads: [(&[usize], &[usize], usize); 8] = [
+        (&[], &[], 0),
+        (&[3], &[9], 1),
+        (&[3, 2], &[20, 10], 1),
+        (&[3, 2], &[10, 40], 2),
+        (&[2, 1, 3], &[100, 7, 11], 2),
+        (&[2, 2, 3], &[0, 30, 10], 2),
+        (&[2, 3, 2, 2], &[7, 100, 31, 1000], 4),
+        (&[2, 2, 2, 2, 2], &[3, 50, 7, 1000, 90], 5),
+    ];
+    for (lead, strides, merged) in leads {
+        for (shape, own) in &inner {
+            let dims: Vec<usize> = lead.iter().chain(shape).copied().collect();
+            let stride: Vec<usize> = strides.iter().chain(own).copied().collect();
+            let placed = rows(&dims, &stride, shape.len(), true);
+            assert_eq!(placed.is_some(), merged <= 4, "{lead:?} {strides:?}");
+            let Some(Placed { geometry, blocks: Some(blocks), order: None }) = placed else { continue };
+            assert_eq!(blocks.dims.iter().filter(|&&dim| dim > 1).count(), merged, "{blocks:?}");
+            assert_eq!(blocks.dims.iter().product::<usize>(), geometry.outer);
+            for block in 0..geometry.outer {
+                let index = |dims: &[usize], strides: &[usize]| {
+                    let mut rest = block;
+                    dims.iter().zip(strides).rev().fold(0, |at, (dim, stride)| {
+                        let here = rest % dim;
+                        rest /= dim;
+                        at + here * stride
+                    })
+                };
+                assert_eq!(index(&blocks.dims, &blocks.strides), index(lead, strides));
+            }
+        }
+    }
+    assert!(rows(&[3, 4], &[4, 2], 1, true).is_none(), "normalized dimensions with gaps");
+    assert!(rows(&[3, 2, 4], &[8, 1, 2], 2, true).is_none(), "normalized dimensions out of order");
+}

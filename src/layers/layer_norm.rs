@@ -346,9 +346,7 @@ impl Module for LayerNorm {
         let (op, bias, center) = (self.op(), self.bias(), self.remove_mean);
         match &self.normalized_shape {
             None => functional::last_dim(op, x, weight, bias, eps, center),
-            Some(shape) => {
-                params::contiguous(functional::apply_layer(op, x, shape.dims(), weight, bias, eps, center)?)
-            }
+            Some(shape) => functional::contiguous_layer(op, x, shape.dims(), weight, bias, eps, center),
         }
     }
 }

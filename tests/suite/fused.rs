@@ -314,18 +314,58 @@ fn empty_tensors_pass() -> Result<()> {
     Ok(())
 }
 
-/// The views that a head of attention comes in are read where they lie; the result is what a copy gives.
+/// The views that heads of attention come in are read where they lie: the bits are a copy's, gradients reach
+/// the larger tensor, and where rows have gaps between them the output is contiguous.
 #[test]
 fn rows_of_a_larger_tensor() -> Result<()> {
-    let qkv = tensor(&crate::common::data(1, 2 * 5 * 96, 0.0, 1.0), &[2, 5, 96], DType::F32)?;
     let weight = tensor(&crate::common::data(2, 8, 1.0, 0.5), &[8], DType::F32)?;
-    for start in [0, 32, 64] {
-        // Heads of 8, transposed: [batch, head, token, 8].
-        let heads = qkv.narrow(2, start, 32)?.reshape((2, 5, 4, 8))?.transpose(1, 2)?;
-        let view = qkv.reshape((2, 5, 12, 8))?.narrow(2, start / 8, 4)?.transpose(1, 2)?;
-        let expected = f::rms_norm(&heads.contiguous()?, &[8], Some(&weight), 1e-6)?;
-        let got = f::rms_norm(&view, &[8], Some(&weight), 1e-6)?;
-        assert_eq!(bits(&got), bits(&expected));
+    for dtype in DTYPES {
+        let qkv =
+            Var::from_tensor(&tensor(&crate::common::data(1, 2 * 5 * 96, 0.0, 1.0), &[2, 5, 96], dtype)?)?;
+        // [batch, token, 3, head, 8] and what attention makes of it.
+        let heads = qkv.reshape((2, 5, 3, 4, 8))?;
+        for which in 0..3 {
+            let view = heads.narrow(2, which, 1)?.squeeze(2)?;
+            for view in [view.clone(), view.transpose(1, 2)?, view.narrow(1, 1, 3)?.narrow(2, 1, 2)?] {
+                for bias in [None, Some(&weight)] {
+                    let run = |x: &Tensor| -> Result<(Tensor, Tensor)> {
+                        let y = match bias {
+                            None => f::rms_norm(x, &[8], Some(&weight), 1e-6)?,
+                            bias => f::layer_norm(x, &[8], Some(&weight), bias, 1e-6)?,
+                        };
+                        let grads = (&y * &y)?.sum_all()?.backward()?;
+                        Ok((y, grads.get(&qkv).expect("a gradient").clone()))
+                    };
+                    let (got, expected) = (run(&view)?, run(&view.contiguous()?)?);
+                    assert!(got.0.is_contiguous());
+                    assert_eq!(
+                        (bits(&got.0), bits(&got.1)),
+                        (bits(&expected.0), bits(&expected.1)),
+                        "{dtype:?}"
+                    );
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Dimension 1 is normalized where it lies, for an input in any order and for a part of a larger one.
+#[test]
+fn channels_are_normalized_in_place() -> Result<()> {
+    for center in [true, false] {
+        for dims in [vec![2, 5], vec![2, 5, 7], vec![2, 5, 3, 4], vec![1, 16, sized(40, 9), 3]] {
+            let rank = dims.len();
+            for order in [vec![], [0].into_iter().chain(2..rank).chain([1]).collect()] {
+                for narrow in [None, Some((1, 1, 2)), Some((rank - 1, 1, 2))] {
+                    for dtype in DTYPES {
+                        let layout = Layout { order: order.clone(), narrow, broadcast: None };
+                        let case = Case { dtype, layout, ..Case::new(Norm::Channels { center }, &dims) };
+                        against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));
+                    }
+                }
+            }
+        }
     }
     Ok(())
 }
