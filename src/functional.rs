@@ -40,7 +40,8 @@ use checks::{
 };
 
 pub(crate) use checks::{check_momentum, OWN};
-pub(crate) use last_dim::last_dim;
+pub(crate) use fused::Tail;
+pub(crate) use last_dim::{add_last_dim, last_dim, vectors};
 
 /// Batch normalization of `[N, C, ..]` over every dimension but the channels.
 ///
@@ -412,18 +413,37 @@ pub(crate) fn apply_layer(
     layer_around(op, input, shape, weight, bias, eps, center, Around::default())
 }
 
-/// The same with a contiguous output, as candle-nn's layers return it.
+/// The same for the layers: with a contiguous output, as candle-nn's return it, and what they have behind it.
+#[allow(clippy::too_many_arguments)] // those of the layers
 pub(crate) fn contiguous_layer(
     op: &'static str,
     input: &Tensor,
     shape: &[usize],
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
+    weight_offset: f64,
     eps: f64,
     center: bool,
+    tail: Option<Tail>,
 ) -> Result<Tensor> {
-    let around = Around { contiguous: true, ..Around::default() };
-    layer_around(op, input, shape, weight, bias, eps, center, around)?.contiguous()
+    let norm = |around: Around| {
+        let fusion = Fusion { weight_offset, ..around.fusion };
+        layer_around(
+            op,
+            input,
+            shape,
+            weight,
+            bias,
+            eps,
+            center,
+            Around { contiguous: true, fusion, ..around },
+        )
+    };
+    match tail {
+        None => norm(Around::default()),
+        Some(tail) => tail.behind(op, input, norm),
+    }?
+    .contiguous()
 }
 
 /// Layer and RMS norm with what stands around them.

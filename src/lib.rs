@@ -76,7 +76,7 @@ pub use layers::batch_norm::{BatchNorm, BatchNormConfig, BatchNormOptions, Froze
 pub use layers::group_norm::{group_norm, GroupNorm, GroupNormOptions};
 pub use layers::instance_norm::{instance_norm, instance_norm1d, instance_norm2d, instance_norm3d};
 pub use layers::instance_norm::{InstanceNorm, InstanceNormOptions};
-pub use layers::layer_norm::{layer_norm, layer_norm_no_bias};
+pub use layers::layer_norm::{layer_norm, layer_norm2d, layer_norm_no_bias, LayerNorm2d};
 pub use layers::layer_norm::{LayerNorm, LayerNormConfig, LayerNormOptions};
 pub use layers::rms_norm::{rms_norm, RmsNorm, RmsNormOptions};
 pub use layers::sync_batch_norm::{convert_sync_batchnorm, revert_sync_batchnorm, BatchNorms, SyncBatchNorm};

@@ -31,7 +31,7 @@ pub use candle_nn::ops::*;
 /// # Ok(()) }
 /// ```
 pub fn layer_norm(xs: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> Result<Tensor> {
-    functional::last_dim("layer-norm", xs, Some(alpha), Some(beta), eps.into(), true)
+    functional::last_dim("layer-norm", xs, Some(alpha), Some(beta), eps.into(), true, None)
 }
 
 /// [`layer_norm`] under the name of candle-nn's differentiable one.
@@ -60,7 +60,7 @@ pub fn layer_norm_slow(x: &Tensor, alpha: &Tensor, beta: &Tensor, eps: f32) -> R
 /// # Ok(()) }
 /// ```
 pub fn rms_norm(xs: &Tensor, alpha: &Tensor, eps: f32) -> Result<Tensor> {
-    functional::last_dim("rms-norm", xs, Some(alpha), None, eps.into(), false)
+    functional::last_dim("rms-norm", xs, Some(alpha), None, eps.into(), false, None)
 }
 
 /// [`rms_norm`] under the name of candle-nn's differentiable one.

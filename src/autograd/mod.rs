@@ -15,5 +15,5 @@ mod sync;
 pub(crate) use device::DTYPES;
 pub(crate) use op::{normalize, Source};
 pub(crate) use parts::Parts;
-pub(crate) use residual::add_normalize;
+pub(crate) use residual::{add_normalize, sum, widened};
 pub(crate) use sync::{normalize_shared, Synchronized};

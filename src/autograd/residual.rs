@@ -28,7 +28,7 @@ pub(crate) fn add_normalize(
     let norm = Norm { x_blocks: None, ..norm };
     let kernels = device::has_kernels(x.device()) && !second_order();
     if !kernels || !device::fuses(x.device(), &fused, x.dtype())? {
-        let sum = (widened(x, residual)? + widened(residual, x)?)?.to_dtype(residual.dtype())?;
+        let sum = sum(x, residual)?;
         let normed = normalize(norm, &widened(&sum, x)?, parts, Source::Input(None))?;
         return Ok((normed.to_dtype(x.dtype())?, sum));
     }
@@ -50,8 +50,13 @@ pub(crate) fn add_normalize(
     Ok((op.apply(&sum, &inputs)?, sum))
 }
 
+/// `x + residual`, in the residual's dtype.
+pub(crate) fn sum(x: &Tensor, residual: &Tensor) -> Result<Tensor> {
+    (widened(x, residual)? + widened(residual, x)?)?.to_dtype(residual.dtype())
+}
+
 /// `t` in the wider dtype of the two; exact.
-fn widened(t: &Tensor, other: &Tensor) -> Result<Tensor> {
+pub(crate) fn widened(t: &Tensor, other: &Tensor) -> Result<Tensor> {
     t.to_dtype(wider(t.dtype(), other.dtype()))
 }
 

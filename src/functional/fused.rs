@@ -28,6 +28,7 @@ use super::checks::{check_device, check_dtype};
 use super::*;
 use crate::autograd::add_normalize;
 use crate::fusion::{Activation as FusedActivation, Gate};
+use candle_core::DType;
 use candle_nn::{Activation, Module};
 
 /// What a norm of a sum returns.
@@ -212,7 +213,7 @@ pub fn modulated_layer_norm(
     shift: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
-    modulated("modulated-layer-norm", input, normalized_shape, scale, shift, eps, true)
+    modulated("modulated-layer-norm", input, normalized_shape, scale, shift, 1.0, eps, true)
 }
 
 /// RMS norm scaled and shifted by each sample's own numbers.
@@ -242,15 +243,18 @@ pub fn modulated_rms_norm(
     shift: Option<&Tensor>,
     eps: f64,
 ) -> Result<Tensor> {
-    modulated("modulated-rms-norm", input, normalized_shape, scale, shift, eps, false)
+    modulated("modulated-rms-norm", input, normalized_shape, scale, shift, 1.0, eps, false)
 }
 
+/// `(weight_offset + scale) * xhat + shift`.
+#[allow(clippy::too_many_arguments)] // those of the functions that call it
 fn modulated(
     op: &'static str,
     input: &Tensor,
     shape: &[usize],
     scale: &Tensor,
     shift: Option<&Tensor>,
+    weight_offset: f64,
     eps: f64,
     center: bool,
 ) -> Result<Tensor> {
@@ -275,9 +279,44 @@ fn modulated(
     };
     let blocks = input.elem_count() / shape.iter().product::<usize>().max(1);
     let tokens = (samples > 1).then_some(blocks / samples.max(1));
-    let fusion = Fusion { weight_offset: 1.0, tokens, ..Fusion::default() };
+    let fusion = Fusion { weight_offset, tokens, ..Fusion::default() };
     let around = Around { fusion, ..Around::default() };
     apply(op, input, place, Some(&scale), shift.as_ref(), eps, Source::Input(None), around)
+}
+
+/// `(1 + scale) * (xhat * (weight + weight_offset) + bias) + shift`, contiguous: a layer's own parameters are
+/// multiplied into scale and shift.
+#[allow(clippy::too_many_arguments)] // those of a layer
+pub(crate) fn modulated_affine(
+    op: &'static str,
+    input: &Tensor,
+    shape: &[usize],
+    [weight, bias]: [Option<&Tensor>; 2],
+    weight_offset: f64,
+    scale: &Tensor,
+    shift: Option<&Tensor>,
+    eps: f64,
+    center: bool,
+) -> Result<Tensor> {
+    if weight.is_none() && bias.is_none() {
+        return modulated(op, input, shape, scale, shift, 1.0, eps, center)?.contiguous();
+    }
+    check_layer(op, input, shape, eps)?;
+    samples(op, "scale", input, shape, scale)?;
+    shift.map_or(Ok(1), |shift| samples(op, "shift", input, shape, shift))?;
+    let wide = |t: &Tensor| t.to_dtype(crate::request::accumulation_dtype(input.dtype()));
+    let factor = (wide(&aligned(input, shape, scale)?)? + 1.0)?;
+    let shift = shift.map(|shift| wide(&aligned(input, shape, shift)?)).transpose()?;
+    let shift = match (bias, shift) {
+        (None, shift) => shift,
+        (Some(bias), None) => Some(factor.broadcast_mul(&wide(bias)?)?),
+        (Some(bias), Some(shift)) => Some(factor.broadcast_mul(&wide(bias)?)?.broadcast_add(&shift)?),
+    };
+    let scale = match weight {
+        Some(weight) => factor.broadcast_mul(&(wide(weight)? + weight_offset)?)?,
+        None => factor,
+    };
+    modulated(op, input, shape, &scale, shift.as_ref(), 0.0, eps, center)?.contiguous()
 }
 
 /// How many samples have parameters of their own in `param`.
@@ -301,12 +340,15 @@ fn samples(op: &str, what: &str, input: &Tensor, shape: &[usize], param: &Tensor
 
 /// `param` in the shape of `like`, which has parameters for more samples.
 fn repeated(input: &Tensor, shape: &[usize], param: &Tensor, like: &Tensor) -> Result<Tensor> {
-    let full = |t: &Tensor| -> Vec<usize> {
-        let lead = &t.dims()[..t.rank() - shape.len()];
-        let ones = std::iter::repeat_n(1, input.rank() - t.rank());
-        lead.iter().copied().chain(ones).chain(shape.iter().copied()).collect()
-    };
-    param.reshape(full(param))?.broadcast_as(full(like))?.contiguous()?.reshape(like.shape())
+    let full = aligned(input, shape, like)?;
+    aligned(input, shape, param)?.broadcast_as(full.shape())?.contiguous()?.reshape(like.shape())
+}
+
+/// A parameter with as many dimensions as the input: ones before `shape`.
+fn aligned(input: &Tensor, shape: &[usize], param: &Tensor) -> Result<Tensor> {
+    let lead = &param.dims()[..param.rank() - shape.len()];
+    let ones = vec![1; input.rank() - param.rank()];
+    param.reshape([lead, &ones, shape].concat())
 }
 
 /// RMS norm with a gate through SiLU, before or behind the norm.
@@ -381,7 +423,7 @@ pub fn batch_norm_act(
 ) -> Result<Tensor> {
     let op = "batch-norm-act";
     let running = RunningStatistics { mean: running_mean, var: running_var, momentum };
-    activated(op, input, skip, activation, |around| {
+    Tail { skip, activation }.behind(op, input, |around| {
         batch_norm_around(op, input, running, weight, bias, training, eps, around)
     })
 }
@@ -412,9 +454,8 @@ pub fn group_norm_act(
     activation: Activation,
 ) -> Result<Tensor> {
     let op = "group-norm-act";
-    activated(op, input, skip, activation, |around| {
-        group_norm_around(op, input, num_groups, weight, bias, eps, around)
-    })
+    Tail { skip, activation }
+        .behind(op, input, |around| group_norm_around(op, input, num_groups, weight, bias, eps, around))
 }
 
 /// `activation(instance_norm(input) + skip)`.
@@ -450,7 +491,7 @@ pub fn instance_norm_act(
 ) -> Result<Tensor> {
     let op = "instance-norm-act";
     let running = RunningStatistics { mean: running_mean, var: running_var, momentum };
-    activated(op, input, skip, activation, |around| {
+    Tail { skip, activation }.behind(op, input, |around| {
         instance_norm_around(op, input, running, weight, bias, use_input_stats, eps, around)
     })
 }
@@ -481,27 +522,98 @@ pub fn layer_norm_act(
     activation: Activation,
 ) -> Result<Tensor> {
     let op = "layer-norm-act";
-    activated(op, input, skip, activation, |around| {
+    Tail { skip, activation }.behind(op, input, |around| {
         layer_around(op, input, normalized_shape, weight, bias, eps, true, around)
     })
 }
 
-/// Runs `norm` with the activation fused where kernels have it, and behind it elsewhere.
-fn activated(
-    op: &str,
-    input: &Tensor,
-    skip: Option<&Tensor>,
-    activation: Activation,
-    norm: impl FnOnce(Around) -> Result<Tensor>,
-) -> Result<Tensor> {
-    check_like(op, "skip", input, skip)?;
-    let fused = FusedActivation::of(activation);
-    let fusion = Fusion { activation: fused, skip: skip.is_some(), ..Fusion::default() };
-    let y = norm(Around { skip, fusion, ..Around::default() })?;
-    match fused {
-        Some(_) => Ok(y),
-        None => activation.forward(&y),
+/// What a block does with a norm's output: `activation(y + skip)`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Tail<'a> {
+    pub skip: Option<&'a Tensor>,
+    pub activation: Activation,
+}
+
+impl Tail<'_> {
+    /// Runs `norm` with the activation fused where kernels have it, and behind it elsewhere.
+    pub(super) fn behind(
+        self,
+        op: &str,
+        input: &Tensor,
+        norm: impl FnOnce(Around) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        check_like(op, "skip", input, self.skip)?;
+        let fused = FusedActivation::of(self.activation);
+        let fusion = Fusion { activation: fused, skip: self.skip.is_some(), ..Fusion::default() };
+        let y = norm(Around { skip: self.skip, fusion, ..Around::default() })?;
+        match fused {
+            Some(_) => Ok(y),
+            None => self.activation.forward(&y),
+        }
     }
+
+    /// In candle's operations, on a `y` in the dtype of accumulation that is rounded afterwards.
+    pub fn compose(self, op: &str, input: &Tensor, y: &Tensor) -> Result<Tensor> {
+        check_like(op, "skip", input, self.skip)?;
+        let z = match self.skip {
+            Some(skip) => (y + skip.to_dtype(y.dtype())?)?,
+            None => y.clone(),
+        };
+        match FusedActivation::of(self.activation) {
+            Some(activation) => activation.apply(&z),
+            None => self.activation.forward(&z.to_dtype(input.dtype())?),
+        }?
+        .to_dtype(input.dtype())
+    }
+}
+
+/// `activation(sync_batch_norm(input) + skip)`, composed: the ranks meet between the statistics and the output.
+#[allow(clippy::too_many_arguments)] // sync_batch_norm's, and one
+pub(crate) fn sync_batch_norm_act(
+    input: &Tensor,
+    running_mean: Option<&Var>,
+    running_var: Option<&Var>,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    momentum: f64,
+    eps: f64,
+    sync: &Synchronized,
+    tail: Tail,
+) -> Result<Tensor> {
+    let op = "sync-batch-norm-act";
+    if sync.group.world_size() == 1 {
+        let Tail { skip, activation } = tail;
+        let running = (running_mean, running_var);
+        return batch_norm_act(
+            input, running.0, running.1, weight, bias, true, momentum, eps, skip, activation,
+        );
+    }
+    // A dtype that the norm refuses goes on to be refused on all ranks alike.
+    let wide = match input.dtype() {
+        DType::F16 | DType::BF16 => input.to_dtype(DType::F32),
+        _ => Ok(input.clone()),
+    };
+    let checked = check_like(op, "skip", input, tail.skip).and(wide);
+    let wide = sync.or_tell(checked)?;
+    let y = sync_batch_norm(&wide, running_mean, running_var, weight, bias, momentum, eps, sync)?;
+    tail.compose(op, input, &y)
+}
+
+/// Layer and RMS norm of a sum, for the layers: both tensors contiguous, `weight_offset` added to the weight.
+#[allow(clippy::too_many_arguments)] // those of a layer
+pub(crate) fn contiguous_add(
+    op: &'static str,
+    input: &Tensor,
+    residual: &Tensor,
+    shape: &[usize],
+    params: [Option<&Tensor>; 2],
+    weight_offset: f64,
+    eps: f64,
+    center: bool,
+) -> Result<AddNorm> {
+    let fusion = offset(op, params[0], weight_offset)?;
+    let AddNorm { normed, sum } = add_norm(op, input, residual, shape, params, fusion, eps, center)?;
+    Ok(AddNorm { normed: normed.contiguous()?, sum: sum.contiguous()? })
 }
 
 /// A tensor of the input's shape and dtype.

@@ -4,8 +4,10 @@
 //! Apart from `layer_norm` and `rms_norm`, PyTorch's, where `normalized_shape` says what is normalized and
 //! what shape the parameters have.
 
-use super::checks::{channels_hint, check_device, check_dtype, check_input};
+use super::checks::{channels_hint, check_device, check_dtype, check_input, check_param};
+use super::fused::{contiguous_add, AddNorm, Tail};
 use super::{apply_layer, contiguous_layer};
+use crate::autograd::{sum, widened};
 use crate::request::accumulation_dtype;
 use candle_core::{bail, Result, Tensor};
 
@@ -17,17 +19,50 @@ pub(crate) fn last_dim(
     bias: Option<&Tensor>,
     eps: f64,
     center: bool,
+    tail: Option<Tail>,
 ) -> Result<Tensor> {
+    let Some([w, b]) = vectors(op, input, [weight, bias])? else {
+        return broadcast(op, input, weight, bias, eps, center, tail);
+    };
+    let n = &input.dims()[input.rank() - 1..];
+    contiguous_layer(op, input, n, w.as_ref(), b.as_ref(), 0.0, eps, center, tail)
+}
+
+/// The norm of `input + residual`, and that sum; both contiguous.
+pub(crate) fn add_last_dim(
+    op: &'static str,
+    input: &Tensor,
+    residual: &Tensor,
+    [weight, bias]: [Option<&Tensor>; 2],
+    eps: f64,
+    center: bool,
+) -> Result<AddNorm> {
+    let Some([w, b]) = vectors(op, input, [weight, bias])? else {
+        check_param(op, "residual", input, Some(residual), input.dims())?;
+        let sum = sum(input, residual)?.contiguous()?;
+        let normed = last_dim(op, &widened(&sum, input)?, weight, bias, eps, center, None)?;
+        let normed = normed.to_dtype(input.dtype())?;
+        return Ok(AddNorm { normed, sum });
+    };
+    let n = &input.dims()[input.rank() - 1..];
+    contiguous_add(op, input, residual, n, [w.as_ref(), b.as_ref()], 0.0, eps, center)
+}
+
+/// Weight and bias as `[n]`, which kernels take; `None` where one of them has another shape.
+pub(crate) fn vectors(
+    op: &str,
+    input: &Tensor,
+    params: [Option<&Tensor>; 2],
+) -> Result<Option<[Option<Tensor>; 2]>> {
     let Some(&n) = input.dims().last() else {
         bail!("{op}: input is a scalar, expected at least one dimension")
     };
-    let fits = |param: Option<&Tensor>| param.is_none_or(|p| is_vector(p, n, input.rank()));
-    if !fits(weight) || !fits(bias) {
-        return broadcast(op, input, weight, bias, eps, center);
+    if !params.into_iter().flatten().all(|param| is_vector(param, n, input.rank())) {
+        return Ok(None);
     }
     let vector = |param: &Tensor| if param.rank() == 1 { Ok(param.clone()) } else { param.reshape(n) };
-    let (weight, bias) = (weight.map(vector).transpose()?, bias.map(vector).transpose()?);
-    contiguous_layer(op, input, &[n], weight.as_ref(), bias.as_ref(), eps, center)
+    let [weight, bias] = params;
+    Ok(Some([weight.map(vector).transpose()?, bias.map(vector).transpose()?]))
 }
 
 /// `[n]`, or `[1, .., 1, n]` of at most the input's rank: each set has the same `n` parameters.
@@ -44,6 +79,7 @@ fn broadcast(
     bias: Option<&Tensor>,
     eps: f64,
     center: bool,
+    tail: Option<Tail>,
 ) -> Result<Tensor> {
     check_input(op, input, eps)?;
     check_broadcast(op, "weight", input, weight)?;
@@ -57,7 +93,10 @@ fn broadcast(
     if let Some(bias) = bias {
         y = y.broadcast_add(&bias.to_dtype(dtype)?)?;
     }
-    y.to_dtype(input.dtype())?.contiguous()
+    match tail {
+        None => y.to_dtype(input.dtype())?.contiguous(),
+        Some(tail) => tail.compose(op, input, &y)?.contiguous(),
+    }
 }
 
 fn check_broadcast(op: &'static str, what: &str, input: &Tensor, param: Option<&Tensor>) -> Result<()> {

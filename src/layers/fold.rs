@@ -104,6 +104,9 @@ fn fold(weight: &Tensor, bias: Option<&Tensor>, bn: &BatchNorm) -> Result<(Tenso
             bn.num_features()
         )
     }
+    if let Some(activation) = bn.options().activation {
+        bail!("fold-batch-norm: expected a batch norm without an activation, got one with {activation:?}")
+    }
     let Some(running) = bn.tracked() else {
         bail!("fold-batch-norm: expected a batch norm with running statistics, got one that tracks none")
     };
@@ -157,6 +160,9 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
             (_, None) => bail!("batch-norm: candle-nn's needs a momentum, got a cumulative average"),
             _ if options.frozen_statistics => {
                 bail!("batch-norm: candle-nn's cannot be frozen, got one that is")
+            }
+            _ if options.activation.is_some() => {
+                bail!("batch-norm: candle-nn's has no activation, got one that has")
             }
             _ if !bn.remove_mean() => {
                 bail!("batch-norm: candle-nn's removes the mean, got one that does not")

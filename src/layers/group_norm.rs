@@ -24,10 +24,10 @@
 
 use super::options::options;
 use super::params::{self, check_eps};
-use super::repr::{no_bias, truth, Float};
-use crate::functional;
+use super::repr::{activation, no_bias, truth, Float};
+use crate::functional::{self, Tail};
 use candle_core::{bail, Result, Tensor};
-use candle_nn::{Module, VarBuilder};
+use candle_nn::{Activation, Module, VarBuilder};
 use std::fmt;
 
 options! {
@@ -44,6 +44,8 @@ options! {
         affine: bool = true,
         /// Whether an affine layer has a bias besides its weight; default true.
         bias: bool = true,
+        /// What the forward applies to the norm's output, in the same visit; default none.
+        activation: Option<Activation> = None,
     }
 }
 
@@ -61,6 +63,7 @@ pub struct GroupNorm {
     weight: Option<Tensor>,
     bias: Option<Tensor>,
     eps: f64,
+    activation: Option<Activation>,
 }
 
 impl GroupNorm {
@@ -87,11 +90,11 @@ impl GroupNorm {
         options: impl Into<GroupNormOptions>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let GroupNormOptions { eps, affine, bias } = options.into();
+        let GroupNormOptions { eps, affine, bias, activation } = options.into();
         check(num_groups, num_channels, eps)?;
         let weight = affine.then(|| params::weight(OP, &vb, num_channels, "weight")).transpose()?;
         let bias = (affine && bias).then(|| params::bias(OP, &vb, num_channels, "bias")).transpose()?;
-        Ok(Self { num_groups, num_channels, weight, bias, eps })
+        Ok(Self { num_groups, num_channels, weight, bias, eps, activation })
     }
 
     /// A layer of tensors that come from elsewhere than a `VarBuilder`: a GGUF file, a shard.
@@ -118,11 +121,11 @@ impl GroupNorm {
         bias: Option<Tensor>,
         options: impl Into<GroupNormOptions>,
     ) -> Result<Self> {
-        let eps = options.into().eps;
+        let GroupNormOptions { eps, activation, .. } = options.into();
         check(num_groups, num_channels, eps)?;
         params::check_shape(OP, "weight", weight.as_ref(), &[num_channels])?;
         params::check_shape(OP, "bias", bias.as_ref(), &[num_channels])?;
-        Ok(Self { num_groups, num_channels, weight, bias, eps })
+        Ok(Self { num_groups, num_channels, weight, bias, eps, activation })
     }
 
     /// A layer of these tensors, each of `num_channels` elements in any shape. Channels come before groups
@@ -139,7 +142,8 @@ impl GroupNorm {
         eps: f64,
     ) -> Result<Self> {
         check(num_groups, num_channels, eps)?;
-        Ok(Self { num_groups, num_channels, weight: Some(weight), bias: Some(bias), eps })
+        let (weight, bias) = (Some(weight), Some(bias));
+        Ok(Self { num_groups, num_channels, weight, bias, eps, activation: None })
     }
 
     /// Number of groups.
@@ -167,6 +171,48 @@ impl GroupNorm {
         self.eps
     }
 
+    /// `activation(norm(x) + skip)` in one visit, as every block of a diffusion model's UNet begins;
+    /// `activation` instead of the layer's own.
+    ///
+    /// `skip` has x's shape and dtype. Which activations are fused says
+    /// [`functional::fused`](crate::functional::fused#activations).
+    ///
+    /// # Errors
+    /// Those of the forward, and a skip of another shape or dtype.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_nn::Activation;
+    /// use candle_norm::{GroupNorm, GroupNormOptions};
+    /// # fn main() -> candle_core::Result<()> {
+    /// let norm = GroupNorm::from_tensors(2, 4, None, None, 0.0)?;
+    /// let x = Tensor::new(&[[1f32, 3., 10., 30.]], &Device::Cpu)?;
+    /// assert_eq!(norm.forward_act(&x, None, Activation::Relu)?.to_vec2::<f32>()?, [[0., 1., 0., 1.]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn forward_act(&self, x: &Tensor, skip: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
+        self.run(x, Some(Tail { skip, activation }))
+    }
+
+    fn run(&self, x: &Tensor, tail: Option<Tail>) -> Result<Tensor> {
+        if x.rank() < 2 || x.dim(1)? != self.num_channels {
+            let (shape, channels) = (x.dims(), self.num_channels);
+            bail!("{OP}: input has shape {shape:?}, expected {channels} channels in dimension 1")
+        }
+        let per_channel = |param: Option<&Tensor>| match param {
+            Some(param) if param.rank() != 1 => param.flatten_all().map(Some),
+            param => Ok(param.cloned()),
+        };
+        let (weight, bias) = (per_channel(self.weight())?, per_channel(self.bias())?);
+        let (groups, weight, bias, eps) = (self.num_groups, weight.as_ref(), bias.as_ref(), self.eps);
+        params::contiguous(match tail {
+            None => functional::group_norm(x, groups, weight, bias, eps),
+            Some(Tail { skip, activation }) => {
+                functional::fused::group_norm_act(x, groups, weight, bias, eps, skip, activation)
+            }
+        }?)
+    }
+
     /// Sets the weight to 1 and the bias to 0.
     ///
     /// # Errors
@@ -178,17 +224,7 @@ impl GroupNorm {
 
 impl Module for GroupNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if x.rank() < 2 || x.dim(1)? != self.num_channels {
-            let (shape, channels) = (x.dims(), self.num_channels);
-            bail!("{OP}: input has shape {shape:?}, expected {channels} channels in dimension 1")
-        }
-        let per_channel = |param: Option<&Tensor>| match param {
-            Some(param) if param.rank() != 1 => param.flatten_all().map(Some),
-            param => Ok(param.cloned()),
-        };
-        let (weight, bias) = (per_channel(self.weight())?, per_channel(self.bias())?);
-        let y = functional::group_norm(x, self.num_groups, weight.as_ref(), bias.as_ref(), self.eps)?;
-        params::contiguous(y)
+        self.run(x, self.activation.map(|activation| Tail { skip: None, activation }))
     }
 }
 
@@ -197,7 +233,12 @@ impl fmt::Display for GroupNorm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (eps, affine) = (Float(self.eps), truth(self.weight.is_some()));
         let bias = no_bias(self.weight.is_some(), self.bias.is_some());
-        write!(f, "GroupNorm({}, {}, eps={eps}, affine={affine}{bias})", self.num_groups, self.num_channels)
+        let act = activation(self.activation);
+        write!(
+            f,
+            "GroupNorm({}, {}, eps={eps}, affine={affine}{bias}{act})",
+            self.num_groups, self.num_channels
+        )
     }
 }
 

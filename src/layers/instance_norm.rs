@@ -27,11 +27,11 @@
 
 use super::options::options;
 use super::params::{self, check_eps};
-use super::repr::{no_bias, truth, Float};
+use super::repr::{activation, no_bias, truth, Float};
 use super::running::RunningStatistics;
-use crate::functional::{self, check_momentum};
+use crate::functional::{self, check_momentum, Tail};
 use candle_core::{bail, Result, Tensor, Var};
-use candle_nn::{ModuleT, VarBuilder};
+use candle_nn::{Activation, ModuleT, VarBuilder};
 use std::fmt;
 
 const OP: &str = "instance-norm";
@@ -56,6 +56,8 @@ options! {
         /// Whether to keep running statistics in training and to use them in evaluation; default
         /// false: each instance's own are used in both.
         track_running_stats: bool = false,
+        /// What the forward applies to the norm's output, in the same visit; default none.
+        activation: Option<Activation> = None,
     }
 }
 
@@ -251,24 +253,71 @@ impl InstanceNorm {
 
 impl ModuleT for InstanceNorm {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        if self.unbatched(x)? {
-            return self.forward_batched(&x.unsqueeze(0)?, train)?.squeeze(0);
-        }
-        self.forward_batched(x, train)
+        self.run(x, train, self.options.activation.map(|activation| Tail { skip: None, activation }))
     }
 }
 
 impl InstanceNorm {
-    fn forward_batched(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+    /// `activation(forward(x) + skip)` in one visit; `activation` instead of the layer's own.
+    ///
+    /// `skip` has x's shape and dtype. Which activations are fused says
+    /// [`functional::fused`](crate::functional::fused#activations).
+    ///
+    /// # Errors
+    /// Those of the forward, and a skip of another shape or dtype.
+    ///
+    /// ```
+    /// use candle_core::{Device, Tensor};
+    /// use candle_nn::Activation;
+    /// use candle_norm::InstanceNorm;
+    /// # fn main() -> candle_core::Result<()> {
+    /// let norm = InstanceNorm::from_tensors(1, None, None, None, 0.0)?;
+    /// let x = Tensor::new(&[[[1f32, 3.]]], &Device::Cpu)?;
+    /// assert_eq!(norm.forward_act(&x, None, Activation::Relu)?.to_vec3::<f32>()?, [[[0., 1.]]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn forward_act(&self, x: &Tensor, skip: Option<&Tensor>, activation: Activation) -> Result<Tensor> {
+        self.forward_act_t(x, skip, activation, false)
+    }
+
+    /// The same as `activation(forward_t(x, train) + skip)`.
+    ///
+    /// # Errors
+    /// Those of [`forward_act`](Self::forward_act).
+    pub fn forward_act_t(
+        &self,
+        x: &Tensor,
+        skip: Option<&Tensor>,
+        activation: Activation,
+        train: bool,
+    ) -> Result<Tensor> {
+        self.run(x, train, Some(Tail { skip, activation }))
+    }
+
+    fn run(&self, x: &Tensor, train: bool, tail: Option<Tail>) -> Result<Tensor> {
+        if !self.unbatched(x)? {
+            return self.forward_batched(x, train, tail);
+        }
+        let skip = tail.and_then(|tail| tail.skip).map(|skip| skip.unsqueeze(0)).transpose()?;
+        let tail = tail.map(|tail| Tail { skip: skip.as_ref(), ..tail });
+        self.forward_batched(&x.unsqueeze(0)?, train, tail)?.squeeze(0)
+    }
+
+    fn forward_batched(&self, x: &Tensor, train: bool, tail: Option<Tail>) -> Result<Tensor> {
         let (mean, var) = match &self.statistics {
             Some(statistics) => (Some(&statistics.mean), Some(&statistics.var)),
             None => (None, None),
         };
         let use_input_stats = train || self.statistics.is_none();
         let InstanceNormOptions { eps, momentum, .. } = self.options;
-        let (weight, bias) = (self.weight(), self.bias());
-        let y = functional::instance_norm(x, mean, var, weight, bias, use_input_stats, momentum, eps)?;
-        params::contiguous(y)
+        let (w, b) = (self.weight(), self.bias());
+        params::contiguous(match tail {
+            None => functional::instance_norm(x, mean, var, w, b, use_input_stats, momentum, eps),
+            Some(Tail { skip, activation: act }) => {
+                let own = use_input_stats;
+                functional::fused::instance_norm_act(x, mean, var, w, b, own, momentum, eps, skip, act)
+            }
+        }?)
     }
 }
 
@@ -285,8 +334,9 @@ impl fmt::Display for InstanceNorm {
         let bias = no_bias(o.affine, o.bias);
         write!(
             f,
-            "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track}{bias})",
-            self.num_features
+            "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track}{bias}{})",
+            self.num_features,
+            activation(o.activation)
         )
     }
 }

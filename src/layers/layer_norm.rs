@@ -23,13 +23,17 @@
 
 use super::options::options;
 use super::params::{self, check_eps};
-use super::repr::{truth, Maybe, Tuple};
-use crate::functional;
+use super::repr::{activation, truth, Maybe, Tuple};
+use crate::functional::{self, Tail};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
-use candle_nn::{Module, VarBuilder};
+use candle_nn::{Activation, Module, VarBuilder};
 use std::fmt;
 
+mod channels;
+mod fused;
+
 pub use super::rms_norm::{rms_norm, RmsNorm};
+pub use channels::{layer_norm2d, LayerNorm2d};
 
 /// candle-nn's configuration of [`layer_norm`], field by field.
 ///
@@ -76,6 +80,8 @@ options! {
         elementwise_affine: bool = true,
         /// Whether there is a bias besides the weight; default true.
         bias: bool = true,
+        /// What the forward applies to the norm's output, in the same visit; default none.
+        activation: Option<Activation> = None,
     }
 }
 
@@ -102,6 +108,9 @@ pub struct LayerNorm {
     remove_mean: bool,
     /// None for the machine epsilon of the dtype that the input is accumulated in.
     eps: Option<f64>,
+    /// RMS norm's: added to the weight.
+    pub(super) weight_offset: f64,
+    activation: Option<Activation>,
 }
 
 impl LayerNorm {
@@ -130,8 +139,8 @@ impl LayerNorm {
         let options = options.into();
         check_eps("layer-norm", options.eps)?;
         let (shape, affine) = (normalized_shape.into(), options.elementwise_affine);
-        let norm = Self::get(&shape, affine, affine && options.bias, true, Some(options.eps), vb)?;
-        norm.over(shape)
+        let norm = Self::get(&shape, affine, affine && options.bias, true, Some(options.eps), 0.0, vb)?;
+        Self { activation: options.activation, ..norm }.over(shape)
     }
 
     /// A layer of tensors that come from elsewhere than a `VarBuilder`: a GGUF file, a shard.
@@ -157,8 +166,9 @@ impl LayerNorm {
         bias: Option<Tensor>,
         options: impl Into<LayerNormOptions>,
     ) -> Result<Self> {
-        let eps = options.into().eps;
-        Self::of_tensors(normalized_shape.into(), weight, bias, true, Some(eps))
+        let LayerNormOptions { eps, activation, .. } = options.into();
+        let norm = Self::of_tensors(normalized_shape.into(), weight, bias, true, Some(eps))?;
+        Ok(Self { activation, ..norm })
     }
 
     /// A layer without weight and bias.
@@ -196,7 +206,7 @@ impl LayerNorm {
             Some(weight) => weight,
             None => Tensor::ones(&shape, DType::F32, &Device::Cpu)?,
         };
-        Self { normalized_shape: None, weight, has_weight, bias, remove_mean, eps }.over(shape)
+        Self { has_weight, eps, ..Self::last_dim(weight, bias, remove_mean, 0.0) }.over(shape)
     }
 
     /// The layer with a named shape.
@@ -214,6 +224,7 @@ impl LayerNorm {
         has_bias: bool,
         remove_mean: bool,
         eps: Option<f64>,
+        weight_offset: f64,
         vb: VarBuilder,
     ) -> Result<Self> {
         // Checkpoints that began in TensorFlow say gamma and beta.
@@ -221,14 +232,14 @@ impl LayerNorm {
             |name, alias| if !vb.contains_tensor(name) && vb.contains_tensor(alias) { alias } else { name };
         let op = op(remove_mean);
         let weight = match has_weight {
-            true => params::weight(op, &vb, shape, name("weight", "gamma"))?,
+            true => params::param(op, &vb, shape, name("weight", "gamma"), 1.0 - weight_offset)?,
             false => Tensor::ones(shape, vb.dtype(), vb.device())?,
         };
         let bias = match has_bias {
             true => Some(params::bias(op, &vb, shape, name("bias", "beta"))?),
             false => None,
         };
-        Ok(Self { normalized_shape: None, weight, has_weight, bias, remove_mean, eps })
+        Ok(Self { has_weight, eps, weight_offset, ..Self::last_dim(weight, bias, remove_mean, 0.0) })
     }
 
     /// candle-nn's layer of these tensors, over the last dimension, of length `n`: weight and bias have shape
@@ -271,7 +282,16 @@ impl LayerNorm {
     }
 
     fn last_dim(weight: Tensor, bias: Option<Tensor>, remove_mean: bool, eps: f64) -> Self {
-        Self { normalized_shape: None, weight, has_weight: true, bias, remove_mean, eps: Some(eps) }
+        Self {
+            normalized_shape: None,
+            weight,
+            has_weight: true,
+            bias,
+            remove_mean,
+            eps: Some(eps),
+            weight_offset: 0.0,
+            activation: None,
+        }
     }
 
     /// The dimensions normalized over; the weight's last one where a constructor of candle-nn named none.
@@ -314,7 +334,31 @@ impl LayerNorm {
     /// A weight or bias that is not a variable; then none is set.
     pub fn reset_parameters(&self) -> Result<()> {
         let weight = self.has_weight.then_some(&self.weight);
-        params::reset(self.op(), &[("weight", weight, 1.0), ("bias", self.bias(), 0.0)])
+        params::reset(self.op(), &[("weight", weight, 1.0 - self.weight_offset), ("bias", self.bias(), 0.0)])
+    }
+
+    fn used_weight(&self) -> Option<&Tensor> {
+        self.has_weight.then_some(&self.weight)
+    }
+
+    fn eps_for(&self, x: &Tensor) -> f64 {
+        match (self.eps, x.dtype()) {
+            (Some(eps), _) => eps,
+            (None, DType::F64) => f64::EPSILON,
+            (None, _) => f32::EPSILON.into(),
+        }
+    }
+
+    fn run(&self, x: &Tensor, tail: Option<Tail>) -> Result<Tensor> {
+        let (op, center, eps) = (self.op(), self.remove_mean, self.eps_for(x));
+        let (weight, bias) = (self.used_weight(), self.bias());
+        match &self.normalized_shape {
+            None => functional::last_dim(op, x, weight, bias, eps, center, tail),
+            Some(shape) => {
+                let (shape, offset) = (shape.dims(), self.weight_offset);
+                functional::contiguous_layer(op, x, shape, weight, bias, offset, eps, center, tail)
+            }
+        }
     }
 
     fn op(&self) -> &'static str {
@@ -323,7 +367,7 @@ impl LayerNorm {
 
     pub(super) fn fmt_as(&self, name: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let (shape, eps, affine) = (Tuple(self.normalized_shape()), Maybe(self.eps), truth(self.has_weight));
-        write!(f, "{name}({shape}, eps={eps}, elementwise_affine={affine})")
+        write!(f, "{name}({shape}, eps={eps}, elementwise_affine={affine}{})", activation(self.activation))
     }
 }
 
@@ -337,17 +381,7 @@ fn op(remove_mean: bool) -> &'static str {
 
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let weight = self.has_weight.then_some(&self.weight);
-        let eps = match (self.eps, x.dtype()) {
-            (Some(eps), _) => eps,
-            (None, DType::F64) => f64::EPSILON,
-            (None, _) => f32::EPSILON.into(),
-        };
-        let (op, bias, center) = (self.op(), self.bias(), self.remove_mean);
-        match &self.normalized_shape {
-            None => functional::last_dim(op, x, weight, bias, eps, center),
-            Some(shape) => functional::contiguous_layer(op, x, shape.dims(), weight, bias, eps, center),
-        }
+        self.run(x, self.activation.map(|activation| Tail { skip: None, activation }))
     }
 }
 
@@ -378,7 +412,7 @@ impl fmt::Display for LayerNorm {
 pub fn layer_norm<C: Into<LayerNormConfig>>(size: usize, config: C, vb: VarBuilder) -> Result<LayerNorm> {
     let LayerNormConfig { eps, remove_mean, affine } = config.into();
     check_eps(op(remove_mean), eps)?;
-    LayerNorm::get(&size.into(), true, affine, remove_mean, Some(eps), vb)
+    LayerNorm::get(&size.into(), true, affine, remove_mean, Some(eps), 0.0, vb)
 }
 
 /// As [`layer_norm`], without a bias.

@@ -7,14 +7,24 @@ use candle_nn::{Init, VarBuilder};
 
 /// The weight: ones where the builder creates it.
 pub(super) fn weight(op: &str, vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
-    let shape = shape.into();
-    vb.get_with_hints(&shape, name, Init::Const(1.)).map_err(|e| missing(op, name, &shape, e))
+    param(op, vb, shape, name, 1.0)
 }
 
 /// The bias: zeros where the builder creates it.
 pub(super) fn bias(op: &str, vb: &VarBuilder, shape: impl Into<Shape>, name: &str) -> Result<Tensor> {
+    param(op, vb, shape, name, 0.0)
+}
+
+/// A parameter, filled with `value` where the builder creates it.
+pub(super) fn param(
+    op: &str,
+    vb: &VarBuilder,
+    shape: impl Into<Shape>,
+    name: &str,
+    value: f64,
+) -> Result<Tensor> {
     let shape = shape.into();
-    vb.get_with_hints(&shape, name, Init::Const(0.)).map_err(|e| missing(op, name, &shape, e))
+    vb.get_with_hints(&shape, name, Init::Const(value)).map_err(|e| missing(op, name, &shape, e))
 }
 
 /// candle's error about a tensor, which does not know the layer.

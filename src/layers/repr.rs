@@ -2,6 +2,7 @@
 //!
 //! Apart, so that each layer's `Display` is one line that looks like PyTorch's `extra_repr`.
 
+use candle_nn::Activation;
 use std::fmt;
 
 /// A float as Python's `repr`: the shortest digits that read back, `1e-05` below 1e-4.
@@ -47,6 +48,11 @@ pub(super) fn no_bias(affine: bool, bias: bool) -> &'static str {
     } else {
         ""
     }
+}
+
+/// The last argument of a layer with an activation; PyTorch's layers have none.
+pub(super) fn activation(activation: Option<Activation>) -> String {
+    activation.map_or_else(String::new, |activation| format!(", activation={activation:?}"))
 }
 
 /// A shape as a Python tuple: `(64,)`, `(3, 4)`.

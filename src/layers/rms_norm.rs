@@ -22,7 +22,7 @@
 use super::layer_norm::LayerNorm;
 use super::options::options;
 use super::params::check_eps;
-use candle_core::{Result, Shape, Tensor};
+use candle_core::{bail, Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::fmt;
 
@@ -40,6 +40,10 @@ options! {
         eps: Option<f64> = None,
         /// Whether there is a weight; default true.
         elementwise_affine: bool = true,
+        /// Added to the weight, in the dtype of accumulation: 1 for the checkpoints of Gemma and Qwen3-Next, whose
+        /// weights are kept as differences from 1; default 0. A weight that is created begins at
+        /// `1 - weight_offset`.
+        weight_offset: f64 = 0.0,
     }
 }
 
@@ -52,7 +56,7 @@ options! {
 /// The forward fails on an input whose last dimensions are not `normalized_shape`, or against which the
 /// weight does not broadcast.
 #[derive(Debug, Clone)]
-pub struct RmsNorm(LayerNorm);
+pub struct RmsNorm(pub(super) LayerNorm);
 
 impl RmsNorm {
     /// A layer with PyTorch's arguments over the last dimensions `normalized_shape`; the `weight` (or
@@ -76,10 +80,13 @@ impl RmsNorm {
         options: impl Into<RmsNormOptions>,
         vb: VarBuilder,
     ) -> Result<Self> {
-        let RmsNormOptions { eps, elementwise_affine } = options.into();
+        let RmsNormOptions { eps, elementwise_affine, weight_offset } = options.into();
         check_eps("rms-norm", eps.unwrap_or(0.0))?;
         let shape = normalized_shape.into();
-        LayerNorm::get(&shape, elementwise_affine, false, false, eps, vb)?.over(shape).map(Self)
+        check_offset(weight_offset)?;
+        LayerNorm::get(&shape, elementwise_affine, false, false, eps, weight_offset, vb)?
+            .over(shape)
+            .map(Self)
     }
 
     /// A layer of a tensor that comes from elsewhere than a `VarBuilder`: a GGUF file, a shard.
@@ -103,8 +110,11 @@ impl RmsNorm {
         weight: Option<Tensor>,
         options: impl Into<RmsNormOptions>,
     ) -> Result<Self> {
-        let eps = options.into().eps;
-        LayerNorm::of_tensors(normalized_shape.into(), weight, None, false, eps).map(Self)
+        let RmsNormOptions { eps, weight_offset, .. } = options.into();
+        check_offset(weight_offset)?;
+        let mut norm = LayerNorm::of_tensors(normalized_shape.into(), weight, None, false, eps)?;
+        norm.weight_offset = weight_offset;
+        Ok(Self(norm))
     }
 
     /// candle-nn's layer of this tensor, over the last dimension, of length `n`: it has shape `[n]`, or any
@@ -185,5 +195,12 @@ impl fmt::Display for RmsNorm {
 /// ```
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
     check_eps("rms-norm", eps)?;
-    LayerNorm::get(&size.into(), true, false, false, Some(eps), vb).map(RmsNorm)
+    LayerNorm::get(&size.into(), true, false, false, Some(eps), 0.0, vb).map(RmsNorm)
+}
+
+fn check_offset(weight_offset: f64) -> Result<()> {
+    if !weight_offset.is_finite() {
+        bail!("rms-norm: weight_offset must be finite, got {weight_offset}")
+    }
+    Ok(())
 }

@@ -27,6 +27,7 @@ mod fusion_oracle;
 mod golden;
 mod identities;
 mod layers;
+mod layers_around;
 mod layers_from_tensors;
 mod layers_training;
 mod oracle;

@@ -3,6 +3,7 @@
 //! Apart from the layer, because it is all documentation and defaults.
 
 use crate::layers::options::options;
+use candle_nn::Activation;
 
 /// candle-nn's configuration of [`batch_norm`](fn@super::batch_norm), field by field.
 ///
@@ -66,5 +67,7 @@ options! {
         /// Use the running statistics in training too and leave them as they are; default false.
         /// For fine-tuning on small batches: weight and bias still train.
         frozen_statistics: bool = false,
+        /// What the forward applies to the norm's output, in the same visit; default none.
+        activation: Option<Activation> = None,
     }
 }

@@ -30,13 +30,13 @@
 //! ```
 
 use super::params;
-use super::repr::{no_bias, truth, Float, Maybe};
+use super::repr::{activation, no_bias, truth, Float, Maybe};
 use super::running::RunningStatistics;
 use crate::autograd::Synchronized;
-use crate::functional;
+use crate::functional::{self, Tail};
 use crate::request::accumulation_dtype;
 use candle_core::{bail, Result, Tensor, Var};
-use candle_nn::ModuleT;
+use candle_nn::{Activation, ModuleT};
 use std::fmt;
 
 mod build;
@@ -223,22 +223,25 @@ impl BatchNorm {
         self.dims.map_or("BatchNorm".into(), |dims| format!("BatchNorm{dims}d"))
     }
 
-    fn forward_batch(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+    fn forward_batch(&self, x: &Tensor, train: bool, tail: Option<Tail>) -> Result<Tensor> {
         let (weight, bias, eps) = (self.weight(), self.bias(), self.options.eps);
         // Without running statistics evaluation uses the batch's too, and communicates nothing.
         let sync = self.sync.as_ref().filter(|_| train);
-        let normalize = |mean, var, factor| match sync {
-            Some(sync) => functional::sync_batch_norm(x, mean, var, weight, bias, factor, eps, sync),
-            None => functional::batch_norm(x, mean, var, weight, bias, true, factor, eps),
+        let by_batch = |mean, var, factor| match (sync, tail) {
+            (Some(sync), None) => functional::sync_batch_norm(x, mean, var, weight, bias, factor, eps, sync),
+            (Some(sync), Some(tail)) => {
+                functional::fused::sync_batch_norm_act(x, mean, var, weight, bias, factor, eps, sync, tail)
+            }
+            (None, tail) => normalize(x, (mean, var), (weight, bias), true, factor, eps, tail),
         };
         let Some(running) = self.tracked() else {
-            return normalize(None, None, 0.0);
+            return by_batch(None, None, 0.0);
         };
         let factor = running.factor(self.options.momentum)?;
         let y = if self.remove_mean {
-            normalize(Some(&running.mean), Some(&running.var), factor)?
+            by_batch(Some(&running.mean), Some(&running.var), factor)?
         } else {
-            self.forward_uncentered(x, running, factor)?
+            self.forward_uncentered(x, running, factor, tail)?
         };
         running.count_batch()?;
         Ok(y)
@@ -246,7 +249,13 @@ impl BatchNorm {
 
     /// Training without mean removal: RMS norm of each channel. The moved variance is that of
     /// candle-nn, `n / (n - 1)` times the mean square.
-    fn forward_uncentered(&self, x: &Tensor, running: &RunningStatistics, factor: f64) -> Result<Tensor> {
+    fn forward_uncentered(
+        &self,
+        x: &Tensor,
+        running: &RunningStatistics,
+        factor: f64,
+        tail: Option<Tail>,
+    ) -> Result<Tensor> {
         let dtype = accumulation_dtype(x.dtype());
         let by_channel = x.transpose(0, 1)?;
         let rows = by_channel.flatten_from(1)?.contiguous()?.to_dtype(dtype)?;
@@ -263,7 +272,11 @@ impl BatchNorm {
             let column = |t: &Tensor| t.to_dtype(dtype)?.reshape((self.num_features, 1));
             y = y.broadcast_mul(&column(weight)?)?.broadcast_add(&column(bias)?)?;
         }
-        let y = y.to_dtype(x.dtype())?.reshape(by_channel.shape())?.transpose(0, 1)?;
+        let y = y.reshape(by_channel.shape())?.transpose(0, 1)?;
+        let y = match tail {
+            None => y.to_dtype(x.dtype())?,
+            Some(tail) => tail.compose(OP, x, &y)?,
+        };
         let mean_square = rows.detach().sqr()?.mean(1)?.to_dtype(running.var.dtype())?;
         let unbiased = (mean_square * (n as f64 / (n as f64 - 1.0)))?;
         let moved = ((running.var.as_detached_tensor() * (1.0 - factor))? + (unbiased * factor)?)?;
@@ -272,20 +285,78 @@ impl BatchNorm {
     }
 }
 
+/// The function of `functional` that `tail` asks for.
+fn normalize(
+    x: &Tensor,
+    (mean, var): (Option<&Var>, Option<&Var>),
+    (weight, bias): (Option<&Tensor>, Option<&Tensor>),
+    training: bool,
+    momentum: f64,
+    eps: f64,
+    tail: Option<Tail>,
+) -> Result<Tensor> {
+    match tail {
+        None => functional::batch_norm(x, mean, var, weight, bias, training, momentum, eps),
+        Some(Tail { skip, activation: act }) => {
+            functional::fused::batch_norm_act(x, mean, var, weight, bias, training, momentum, eps, skip, act)
+        }
+    }
+}
+
 impl ModuleT for BatchNorm {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
+        self.run(x, train, self.options.activation.map(|activation| Tail { skip: None, activation }))
+    }
+}
+
+impl BatchNorm {
+    /// `activation(forward_t(x, train) + skip)` in one visit, as every block of a ResNet ends; `activation`
+    /// instead of the layer's own.
+    ///
+    /// `skip` has x's shape and dtype. Which activations are fused says
+    /// [`functional::fused`](crate::functional::fused#activations). With the statistics of several ranks, and
+    /// where the mean stays, the activation is candle's own operation behind the norm.
+    ///
+    /// # Errors
+    /// Those of the forward, and a skip of another shape or dtype; then no running statistics have moved.
+    ///
+    /// ```
+    /// use candle_core::{DType, Device, Tensor};
+    /// use candle_nn::Activation;
+    /// use candle_norm::batch_norm;
+    /// # fn main() -> candle_core::Result<()> {
+    /// let vars = candle_nn::VarMap::new();
+    /// let vb = candle_nn::VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let norm = batch_norm(1, 0.0, vb)?;
+    /// let (x, skip) = (Tensor::new(&[[1f32], [3.]], &Device::Cpu)?, Tensor::new(&[[0f32], [1.]], &Device::Cpu)?);
+    /// let y = norm.forward_act(&x, Some(&skip), Activation::Relu, true)?;
+    /// assert_eq!(y.to_vec2::<f32>()?, [[0.], [2.]]);
+    /// # Ok(()) }
+    /// ```
+    pub fn forward_act(
+        &self,
+        x: &Tensor,
+        skip: Option<&Tensor>,
+        activation: Activation,
+        train: bool,
+    ) -> Result<Tensor> {
+        self.run(x, train, Some(Tail { skip, activation }))
+    }
+
+    fn run(&self, x: &Tensor, train: bool, tail: Option<Tail>) -> Result<Tensor> {
         let checked = self.check_input(x);
         if self.uses_batch(train) {
             match self.sync.as_ref().filter(|_| train) {
                 Some(sync) => sync.or_tell(checked)?,
                 None => checked?,
             }
-            return params::contiguous(self.forward_batch(x, train)?);
+            return params::contiguous(self.forward_batch(x, train, tail)?);
         }
         checked?;
         let (mean, var) = (Some(&self.statistics.mean), Some(&self.statistics.var));
         let (weight, bias) = (self.weight(), self.bias());
-        params::contiguous(functional::batch_norm(x, mean, var, weight, bias, false, 0.0, self.options.eps)?)
+        let eps = self.options.eps;
+        params::contiguous(normalize(x, (mean, var), (weight, bias), false, 0.0, eps, tail)?)
     }
 }
 
@@ -302,8 +373,9 @@ impl fmt::Display for BatchNorm {
         let bias = no_bias(o.affine, o.bias);
         write!(
             f,
-            "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track}{bias})",
-            self.num_features
+            "{name}({}, eps={eps}, momentum={momentum}, affine={affine}, track_running_stats={track}{bias}{})",
+            self.num_features,
+            activation(o.activation)
         )
     }
 }
