@@ -25,6 +25,7 @@ mod finite_differences;
 mod fused;
 mod fusion_oracle;
 mod golden;
+mod golden_fused;
 mod identities;
 mod layers;
 mod layers_around;
