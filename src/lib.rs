@@ -94,11 +94,13 @@ pub mod __bench {
     pub use crate::autograd::bench::{Kind, RecordedOp};
 }
 
-/// The Rust of README.md and of docs/switching.md compiles and runs with the documentation's examples.
+/// The Rust of README.md and of these pages compiles and runs with the documentation's examples.
 #[cfg(doctest)]
 mod pages {
     #[doc = include_str!("../README.md")]
     struct Readme;
     #[doc = include_str!("../docs/switching.md")]
     struct Switching;
+    #[doc = include_str!("../docs/fusing.md")]
+    struct Fusing;
 }
