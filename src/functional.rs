@@ -25,7 +25,7 @@
 
 use crate::autograd::{normalize, normalize_shared, Parts, Source, Synchronized};
 use crate::fusion::Fusion;
-use crate::geometry::{self, Channels, Placed};
+use crate::geometry::{self, Channels, Geometry, Placed};
 use crate::request::Norm;
 use candle_core::{bail, Result, Tensor, Var};
 
@@ -39,7 +39,8 @@ use checks::{
     RunningStatistics,
 };
 
-pub(crate) use checks::{check_momentum, OWN};
+pub(crate) use checks::check_momentum;
+use checks::OWN;
 pub(crate) use fused::Tail;
 pub(crate) use last_dim::{add_last_dim, last_dim, vectors};
 
@@ -98,9 +99,8 @@ fn batch_norm_around(
 ) -> Result<Tensor> {
     let channels = check_channels(op, input, 2)?;
     let running = check_running(op, input, channels, running)?;
-    let per_channel = input.elem_count().checked_div(channels).unwrap_or(0);
-    if training && per_channel == 1 {
-        bail!("{op}: expected more than 1 value per channel {OWN}, got input size {:?}", input.dims())
+    if training {
+        check_per_channel(op, input, channels)?;
     }
     let source = match (training, running) {
         (true, running) => Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?),
@@ -108,6 +108,50 @@ fn batch_norm_around(
         (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
     };
     apply_channels(op, input, Channels::Batch, weight, bias, eps, source, around)
+}
+
+/// `batch_norm` in training where the mean stays: candle-nn's `remove_mean: false`. The running mean stays
+/// too, and the running variance moves towards `n / (n - 1)` times the mean square.
+#[allow(clippy::too_many_arguments)] // batch_norm's
+pub(crate) fn uncentered_batch_norm(
+    input: &Tensor,
+    running_var: &Var,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    momentum: f64,
+    eps: f64,
+    tail: Option<Tail>,
+) -> Result<Tensor> {
+    let op = "batch-norm";
+    let channels = check_channels(op, input, 2)?;
+    check_per_channel(op, input, channels)?;
+    // The kernels move a mean as well: one of zeros, that nobody else has.
+    let mean = Var::zeros(channels, running_var.dtype(), running_var.device())?;
+    let running = RunningStatistics { mean: Some(&mean), var: Some(running_var), momentum };
+    let running = check_running(op, input, channels, running)?;
+    let place = |x: &Tensor| {
+        let placed = geometry::channels(x.dims(), x.stride(), Channels::Batch)?;
+        Some(Placed { geometry: Geometry { center: false, ..placed.geometry }, ..placed })
+    };
+    let norm = |around: Around| {
+        check_affine(op, input, weight, bias, eps)?;
+        let running = apart(op, running, &[Some(input), weight, bias, around.skip])?;
+        apply(op, input, place, weight, bias, eps, Source::Input(running), around)
+    };
+    match tail {
+        None => norm(Around::default()),
+        Some(tail) => tail.behind(op, input, norm),
+    }
+}
+
+/// The batch's own statistics need more than one value of each channel.
+fn check_per_channel(op: &str, input: &Tensor, channels: usize) -> Result<()> {
+    match input.elem_count().checked_div(channels) {
+        Some(1) => {
+            bail!("{op}: expected more than 1 value per channel {OWN}, got input size {:?}", input.dims())
+        }
+        _ => Ok(()),
+    }
 }
 
 /// `batch_norm` in training, with the statistics of the inputs of all ranks.

@@ -34,7 +34,6 @@ use super::repr::{activation, no_bias, truth, Float, Maybe};
 use super::running::RunningStatistics;
 use crate::autograd::Synchronized;
 use crate::functional::{self, Tail};
-use crate::request::accumulation_dtype;
 use candle_core::{bail, Result, Tensor, Var};
 use candle_nn::{Activation, ModuleT};
 use std::fmt;
@@ -241,46 +240,9 @@ impl BatchNorm {
         let y = if self.remove_mean {
             by_batch(Some(&running.mean), Some(&running.var), factor)?
         } else {
-            self.forward_uncentered(x, running, factor, tail)?
+            functional::uncentered_batch_norm(x, &running.var, weight, bias, factor, eps, tail)?
         };
         running.count_batch()?;
-        Ok(y)
-    }
-
-    /// Training without mean removal: RMS norm of each channel. The moved variance is that of
-    /// candle-nn, `n / (n - 1)` times the mean square.
-    fn forward_uncentered(
-        &self,
-        x: &Tensor,
-        running: &RunningStatistics,
-        factor: f64,
-        tail: Option<Tail>,
-    ) -> Result<Tensor> {
-        let dtype = accumulation_dtype(x.dtype());
-        let by_channel = x.transpose(0, 1)?;
-        let rows = by_channel.flatten_from(1)?.contiguous()?.to_dtype(dtype)?;
-        let n = rows.dim(1)?;
-        if n < 2 {
-            bail!(
-                "{OP}: expected more than 1 value per channel {}, got input size {:?}",
-                functional::OWN,
-                x.dims()
-            )
-        }
-        let mut y = functional::rms_norm(&rows, &[n], None, self.options.eps)?;
-        if let Some((weight, bias)) = self.weight_and_bias() {
-            let column = |t: &Tensor| t.to_dtype(dtype)?.reshape((self.num_features, 1));
-            y = y.broadcast_mul(&column(weight)?)?.broadcast_add(&column(bias)?)?;
-        }
-        let y = y.reshape(by_channel.shape())?.transpose(0, 1)?;
-        let y = match tail {
-            None => y.to_dtype(x.dtype())?,
-            Some(tail) => tail.compose(OP, x, &y)?,
-        };
-        let mean_square = rows.detach().sqr()?.mean(1)?.to_dtype(running.var.dtype())?;
-        let unbiased = (mean_square * (n as f64 / (n as f64 - 1.0)))?;
-        let moved = ((running.var.as_detached_tensor() * (1.0 - factor))? + (unbiased * factor)?)?;
-        running.var.set(&moved)?;
         Ok(y)
     }
 }
@@ -314,8 +276,8 @@ impl BatchNorm {
     /// instead of the layer's own.
     ///
     /// `skip` has x's shape and dtype. Which activations are fused says
-    /// [`functional::fused`](crate::functional::fused#activations). With the statistics of several ranks, and
-    /// where the mean stays, the activation is candle's own operation behind the norm.
+    /// [`functional::fused`](crate::functional::fused#activations). With the statistics of several ranks the
+    /// activation is candle's own operation behind the norm.
     ///
     /// # Errors
     /// Those of the forward, and a skip of another shape or dtype; then no running statistics have moved.
