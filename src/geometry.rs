@@ -154,6 +154,16 @@ impl Blocks {
         }
         Some(blocks)
     }
+
+    /// Where block `o` starts.
+    pub fn start(&self, o: usize) -> usize {
+        let (mut rest, mut at) = (o, 0);
+        for d in (0..4).rev() {
+            at += rest % self.dims[d] * self.strides[d];
+            rest /= self.dims[d];
+        }
+        at
+    }
 }
 
 /// Layer and RMS norm over the last `normalized` dimensions of an input that is contiguous in these alone: rows

@@ -1,37 +1,43 @@
-//! The backward: one visit per tile where tiles hold whole sets, else a sweep for the sums and one
-//! for dx. Parameter gradients are summed per tile, and over the tiles in their order.
+//! The backward: one visit per tile where tiles hold whole sets, else a sweep for the sums and one for dx.
+//! Parameter gradients are summed per tile, and over the tiles in their order.
 
-use super::element::{converted, Element, Float};
-use super::forward::elements;
-use super::gradient::{Means, MeansFrom, Slots, Sums};
+use super::affine::{Affine, Form};
+use super::element::{converted, Element, Float, Walked};
+use super::forward::{after, elements, optional_tiles, source, written};
+use super::gradient::{Means, MeansFrom, ParamSums, Sums};
+use super::kernel::{self, Input, PartialSums};
 use super::level::Level;
-use super::moments::Stats;
+use super::moments::{Source as StatsFrom, Stats};
 use super::output::Output;
-use super::params::{Form, Params};
-use super::runs::backward::Input;
-use super::tile::{Cut, Tile, Walk};
-use super::work::{each, split};
-use super::{columns, runs};
+use super::parallel::{for_each, split};
+use super::plan::{self, Asked, From, Visit, Walk};
+use super::stage::{gated_gradient, pieces, After, Room, Scratch, Source, Tensor};
+use super::tile::Tile;
+use super::view::OutTile;
+use super::walks;
 use crate::geometry::Geometry;
-use crate::request::{Arg, Backward, Gradients};
+use crate::request::{Arg, Backward, Gradients, Norm};
 use candle_core::{bail, CpuStorage, DType, Result};
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// A backward's arguments, read.
 struct Call<'a, T: Element> {
     level: Level,
+    norm: &'a Norm,
     g: &'a Geometry,
     eps: T::Acc,
-    x: &'a [T],
-    dy: &'a [T],
-    params: Params<'a, T::Acc>,
+    x: Source<'a, T>,
+    dy: Tensor<'a, T>,
+    affine: Affine<'a, T::Acc>,
     stats: Cow<'a, [T::Acc]>,
+    /// What stands behind the norm, through which dy comes.
+    after: After<'a, T>,
 }
 
-/// Sums for parameters, tile after tile.
-struct AllSlots<A> {
-    weight: Vec<A>,
-    bias: Vec<A>,
+/// Bytes of an element of x and of dy, as they are walked.
+const fn bytes<W>() -> usize {
+    2 * size_of::<W>()
 }
 
 pub(super) fn backward<T: Element>(
@@ -40,31 +46,46 @@ pub(super) fn backward<T: Element>(
 ) -> Result<Gradients<CpuStorage>> {
     let params = call.want.dweight.is_some() || call.want.dbias.is_some();
     let read = Call::<T>::new(level, call, params)?;
-    let (dx, slots) = match (call.fixed, call.want.dx, read.params.form) {
-        (_, false, _) if !params => (None, None),
-        (_, false, Form::Spans(_)) => {
-            let cut = read.cut(false);
-            (None, Some((read.sums(&cut, true).1, cut)))
-        }
-        (true, _, _) | (_, false, _) => {
-            read.visit(Cut::sweep(read.g, 2 * size_of::<T>()), MeansFrom::Fixed, params, call.want.dx)
-        }
-        _ => read.trained(params),
+    match read.after.any() || read.x.gate.is_some() {
+        true => run::<T, T::Acc>(&read, call),
+        false => run::<T, T::Walk>(&read, call),
+    }
+}
+
+fn run<T: Element, W: Walked<Acc = T::Acc>>(
+    read: &Call<T>,
+    call: &Backward<CpuStorage>,
+) -> Result<Gradients<CpuStorage>> {
+    let (want, g) = (&call.want, read.g);
+    let tensors = want.dx || want.dskip || want.dgate;
+    let params = want.dweight.is_some() || want.dbias.is_some();
+    // Gradients of skip and gate are made along with dx.
+    let asked = Asked { dx: tensors, params, fixed: call.fixed };
+    let plan = plan::Backward::new(g, read.affine.form, bytes::<W>(), asked);
+    let new = |wanted: bool| wanted.then(|| Output::new(g, false));
+    let mut out = Outputs {
+        dx: tensors.then(|| Output::new(g, plan::past_caches(g, size_of::<T>()))),
+        dskip: new(want.dskip && read.after.any()),
+        dgate: new(tensors && read.x.gate.is_some() || want.dgate && read.after.gate.is_some()),
     };
-    let (weight, bias) = match slots {
-        Some((slots, cut)) => {
-            let tiles = cut.tiles();
-            (read.over_tiles(&tiles, slots.weight), read.over_tiles(&tiles, slots.bias))
-        }
-        None => (vec![T::Acc::ZERO; read.g.params()], vec![T::Acc::ZERO; read.g.params()]),
+    let [weight, bias] = read.run::<W>(&plan, asked, &mut out);
+    let storage = |output: Option<Output<T>>, wanted: bool| {
+        output.filter(|_| plan.dx.is_some()).map(written).filter(|_| wanted).map(T::to_cpu_storage_owned)
     };
     Ok(Gradients {
-        dweight: call.want.dweight.map(|dtype| stored(weight, dtype)).transpose()?,
-        dbias: call.want.dbias.map(|dtype| stored(bias, dtype)).transpose()?,
-        dx: dx.map(T::to_cpu_storage_owned),
-        dskip: None,
-        dgate: None,
+        dweight: want.dweight.map(|dtype| stored(weight, dtype)).transpose()?,
+        dbias: want.dbias.map(|dtype| stored(bias, dtype)).transpose()?,
+        dx: storage(out.dx, want.dx),
+        dskip: storage(out.dskip, want.dskip),
+        dgate: storage(out.dgate, want.dgate),
     })
+}
+
+/// What a pass writes, of x's shape.
+struct Outputs<T> {
+    dx: Option<Output<T>>,
+    dskip: Option<Output<T>>,
+    dgate: Option<Output<T>>,
 }
 
 /// Sums over each set of `dy` and of `dy * xhat`: `[2, sets]`.
@@ -73,10 +94,9 @@ pub(super) fn gradient_sums<T: Element>(level: Level, call: &Backward<CpuStorage
     if !read.g.one_param_per_set() || read.g.outer > 1 {
         bail!("{}: gradient sums are for norms with a parameter per set", call.norm.name)
     }
-    let cut = read.cut(false);
-    let slots = read.sums(&cut, true).1;
-    let tiles = cut.tiles();
-    let both = [read.over_tiles(&tiles, slots.bias), read.over_tiles(&tiles, slots.weight)].concat();
+    let visit = plan::Backward::param_sums(read.g, bytes::<T::Walk>());
+    let [weight, bias] = read.sums::<T::Walk>(&visit, true).1;
+    let both = [bias, weight].concat();
     // Without elements there are no parameters to be seen, but there may be sets.
     Ok(if both.is_empty() { vec![T::Acc::ZERO; 2 * read.g.sets()] } else { both })
 }
@@ -93,73 +113,108 @@ pub(super) fn input_gradient<T: Element>(
     let sums = converted::<T::Acc>(sums, 2 * sets)?;
     let means: Vec<_> = (0..sets)
         .map(|s| {
-            let weight = read.params.weight(s % read.g.sets_per_outer()).to64();
+            let weight = read.affine.weight[s % read.g.sets_per_outer()].to64();
             let mean = |sum: T::Acc| T::Acc::from64(sum.to64() * weight / count);
             Means { g: mean(sums[s]), dot: mean(sums[sets + s]) }
         })
         .collect();
-    let cut = Cut::sweep(read.g, 2 * size_of::<T>());
-    match read.visit(cut, MeansFrom::Given(&means), false, true) {
-        (Some(dx), _) => Ok(dx),
-        _ => bail!("{}: no gradient", call.norm.name),
+    let plan = plan::Backward::from_means(read.g, read.affine.form, bytes::<T::Walk>());
+    let mut dx = Some(Output::new(read.g, plan::past_caches(read.g, size_of::<T>())));
+    if let Some(visit) = &plan.dx {
+        let out = [dx.as_mut(), None, None];
+        read.visit::<T::Walk>(visit, MeansFrom::Given(&means), false, out);
+    }
+    match dx {
+        Some(dx) => Ok(written(dx)),
+        None => bail!("{}: no gradient", call.norm.name),
     }
 }
+
+/// Gradients of weight and bias.
+type Params<A> = [Vec<A>; 2];
 
 impl<'a, T: Element> Call<'a, T> {
     fn new(level: Level, call: &'a Backward<'a, CpuStorage>, params: bool) -> Result<Self> {
         let g = &call.norm.geometry;
         Ok(Self {
             level,
+            norm: &call.norm,
             g,
             eps: T::Acc::from64(call.norm.eps),
-            x: elements(&call.norm, &call.x)?,
-            dy: elements(&call.norm, &call.dy)?,
-            params: Params::new(g, &call.weight, &None, params || call.weight.is_some())?,
+            x: source(level, &call.norm, &call.x, &call.gate)?,
+            dy: Tensor { level, x: elements(&call.norm, &call.dy)?, width: g.width },
+            affine: Affine::new(&call.norm, call.weight, call.bias, params || call.weight.is_some())?,
             stats: converted(&call.stats, 3 * g.sets())?,
+            after: after(level, &call.norm, [&call.skip, &call.gate])?,
         })
     }
 
-    /// The cut for sums of sets: x and dy are read.
-    fn cut(&self, by_column: bool) -> Cut {
-        Cut::new(self.g, 2 * size_of::<T>()).with_tall_tiles(by_column)
-    }
-
-    fn input<'b>(&'b self, tile: &'b Tile) -> Input<'b, T> {
-        let Call { g, eps, x, dy, params, stats, .. } = self;
-        Input { g, eps: *eps, x, dy, params, stats: Stats(stats), tile }
-    }
-
-    /// dx and parameter sums where the statistics depend on x.
-    fn trained(&self, params: bool) -> (Option<Vec<T>>, Option<(AllSlots<T::Acc>, Cut)>) {
-        let form = self.params.form;
-        let cut = self.cut(params && form == Form::Columns);
-        if cut.whole_sets() {
-            return self.visit(cut, MeansFrom::Tile, params, true);
-        }
-        let spans = matches!(form, Form::Spans(_));
-        let (means, slots) = self.sums(&cut, params && spans);
-        let sweep = match form {
-            Form::Columns => cut.columns_first(),
-            _ => Cut::sweep(self.g, 2 * size_of::<T>()),
+    /// A piece of a tile as walks over `W` take it, and whether there is a walk back to z.
+    fn input<'b, W: Walked<Acc = T::Acc>>(
+        &'b self,
+        tile: &'b Tile,
+        affine: &'b Affine<'b, T::Acc>,
+        z: Walk,
+        [scratch_x, scratch_dy, scratch_z]: [&'b mut Room<T>; 3],
+        out: [Option<OutTile<T>>; 2],
+    ) -> Input<'b, W> {
+        let (loops, g, eps, stats) = (W::loops(self.level), self.g, self.eps, Stats(&self.stats));
+        let x = self.x.read::<W>(tile, scratch_x);
+        let dy = match self.after.any() {
+            false => self.dy.read::<W>(tile, scratch_dy),
+            true => self.after.upstream(self.dy, tile, [scratch_dy, scratch_z], out, |y| {
+                let stats = StatsFrom::Given(stats);
+                walks::forward(z, kernel::Forward { loops, g, eps, affine, x, tile, stats, y })
+            }),
         };
-        let (dx, by_sweep) = self.visit(sweep, MeansFrom::Given(&means), params && !spans, true);
-        (dx, if spans { params.then_some((slots, cut)) } else { by_sweep })
+        Input { loops, g, eps, x, dy, affine, stats, tile }
     }
 
-    /// The means of every set, and the sums of parameters by span.
-    fn sums(&self, cut: &Cut, params: bool) -> (Vec<Means<T::Acc>>, AllSlots<T::Acc>) {
+    /// The tensors' gradients into `out`, and the parameters', each as far as asked for.
+    fn run<W: Walked<Acc = T::Acc>>(
+        &self,
+        plan: &plan::Backward,
+        asked: Asked,
+        out: &mut Outputs<T>,
+    ) -> Params<T::Acc> {
+        let spans = matches!(self.affine.form, Form::Spans(_));
+        let (mut means, mut params) = (vec![], None);
+        if let Some(visit) = &plan.sums {
+            let (all, sums) = self.sums::<W>(visit, asked.params && spans);
+            means = all;
+            params = (asked.params && spans).then_some(sums);
+        }
+        let from = match plan.means {
+            None => MeansFrom::Fixed,
+            Some(From::Tile) => MeansFrom::Tile,
+            Some(From::Given) => MeansFrom::Given(&means),
+        };
+        if let Some(visit) = &plan.dx {
+            let out = [out.dx.as_mut(), out.dskip.as_mut(), out.dgate.as_mut()];
+            let sums = self.visit::<W>(visit, from, asked.params && params.is_none(), out);
+            params = params.or(asked.params.then_some(sums));
+        }
+        params.unwrap_or_else(|| [(); 2].map(|()| vec![T::Acc::ZERO; self.norm.params()]))
+    }
+
+    /// The means of every set, and the sums of parameters by span if `params`.
+    fn sums<W: Walked<Acc = T::Acc>>(
+        &self,
+        visit: &Visit,
+        params: bool,
+    ) -> (Vec<Means<T::Acc>>, Params<T::Acc>) {
         let g = self.g;
-        let tiles = cut.tiles();
-        let mut all = AllSlots::new(g, &tiles, params);
-        let mut partial = vec![Sums::default(); tiles.iter().map(|t| t.sets(g).len()).sum()];
-        let parts = split(&mut partial, tiles.iter().map(|t| t.sets(g).len()));
-        let work: Vec<_> = tiles.iter().zip(all.split(g, &tiles)).zip(parts).collect();
-        each(work, |((tile, slots), sums)| {
-            let input = self.input(tile);
-            match Walk::of(g) {
-                Walk::Runs => self.level.run(runs::backward::Partial { input, slots, sums }),
-                Walk::Columns => self.level.run(columns::backward::Partial { input, slots, sums }),
-            }
+        let tiles = visit.cut.tiles();
+        let mut all = TileSums::new(self.norm, &tiles, params);
+        let counts = || tiles.iter().map(|t| t.sets(g).len());
+        let mut partial = vec![Sums::default(); counts().sum()];
+        let work = tiles.iter().zip(all.split()).zip(split(&mut partial, counts())).collect();
+        let back_to_z = visit.back_to_z(g, self.affine.form);
+        for_each(work, Scratch::new, |Scratch { x, dy, z, .. }, ((tile, params), sums)| {
+            // Parameters of samples: no set of theirs that is cut shares a tile with another's.
+            let affine = &self.affine.of_row(tile.rows.start, g);
+            let input = self.input::<W>(tile, affine, back_to_z, [x, dy, z], [None, None]);
+            walks::sums(visit.walk, PartialSums { input, params, sums });
         });
         let mut sums = vec![Sums::default(); g.sets()];
         for (set, part) in tiles.iter().flat_map(|t| t.sets(g)).zip(&partial) {
@@ -170,74 +225,108 @@ impl<'a, T: Element> Call<'a, T> {
             let stat = Stats(&self.stats).of(s);
             Means::of(*sums, stat, stat.rstd(self.eps), g.center, g.set_len() as f64)
         });
-        (means.collect(), all)
+        (means.collect(), all.over_tiles())
     }
 
-    /// One visit of every tile.
-    #[allow(unsafe_code)]
-    fn visit(
+    /// One visit of every tile: gradients of x, skip and gate, and the sums of parameters if `params`.
+    fn visit<W: Walked<Acc = T::Acc>>(
         &self,
-        cut: Cut,
+        visit: &Visit,
         means: MeansFrom<T::Acc>,
         params: bool,
-        dx: bool,
-    ) -> (Option<Vec<T>>, Option<(AllSlots<T::Acc>, Cut)>) {
-        let g = self.g;
-        let tiles = cut.tiles();
-        let mut all = AllSlots::new(g, &tiles, params);
-        let mut output = dx.then(|| Output::new(g));
-        let out: Vec<_> = match &mut output {
-            Some(output) => output.tiles(&cut).into_iter().map(Some).collect(),
-            None => tiles.iter().map(|_| None).collect(),
-        };
-        let work: Vec<_> = tiles.iter().zip(all.split(g, &tiles)).zip(out).collect();
-        each(work, |((tile, slots), dx)| {
-            let input = self.input(tile);
-            match Walk::of(g) {
-                Walk::Runs => self.level.run(runs::backward::Backward { input, means, slots, dx }),
-                Walk::Columns => self.level.run(columns::backward::Backward { input, means, slots, dx }),
+        [dx, dskip, dgate]: [Option<&mut Output<T>>; 3],
+    ) -> Params<T::Acc> {
+        let (g, tiles, tokens) = (self.g, visit.cut.tiles(), self.norm.fusion.tokens);
+        let mut all = TileSums::new(self.norm, &tiles, params);
+        let [dx, dskip, dgate] = [dx, dskip, dgate].map(|o| optional_tiles(o, &tiles, &visit.cut));
+        let out = dx.into_iter().zip(dskip).zip(dgate);
+        let work = tiles.iter().zip(all.split()).zip(out).collect();
+        let staged = self.x.staged::<W>() || self.after.any();
+        let back_to_z = visit.back_to_z(g, self.affine.form);
+        for_each(work, Scratch::new, |scratch: &mut Scratch<T>, ((tile, mut params), out)| {
+            let ((mut dx, mut dskip), mut dgate) = out;
+            for piece in &pieces(g, tile, tokens, staged) {
+                let affine = &self.affine.of_row(piece.rows.start, g);
+                let own = params.as_mut().map(|p| p.of_sample(tokens, tile, piece));
+                let Scratch { x, dy, z, out } = scratch;
+                let [dx, dskip, dgate] =
+                    [&mut dx, &mut dskip, &mut dgate].map(|tile| tile.as_mut().map(|tile| tile.part(piece)));
+                let (before, behind) = match &self.x.gate {
+                    Some(gate) => (dgate.map(|dgate| (gate, dgate)), [dskip, None]),
+                    None => (None, [dskip, dgate]),
+                };
+                let input = self.input::<W>(piece, affine, back_to_z, [x, dy, z], behind);
+                let kernel = kernel::Backward { input, means, params: own, dx: None };
+                match (dx, before) {
+                    (None, _) => walks::backward(visit.walk, kernel),
+                    (Some(dx), None) => After::nothing(self.level)
+                        .write::<W>(dx, out, |dx| walks::backward(visit.walk, kernel.with_dx(dx))),
+                    (Some(dx), Some((gate, dgate))) => {
+                        gated_gradient::<T, W>(&self.x, gate, [dx, dgate], out, |dx| {
+                            walks::backward(visit.walk, kernel.with_dx(dx))
+                        })
+                    }
+                }
             }
         });
-        // SAFETY: every tile of the cut has just been through a kernel.
-        let dx = output.map(|output| unsafe { output.written() });
-        (dx, params.then_some((all, cut)))
-    }
-
-    /// Parameter sums over all tiles.
-    fn over_tiles(&self, tiles: &[Tile], slots: Vec<T::Acc>) -> Vec<T::Acc> {
-        let all = 0..self.g.params();
-        if let [tile] = tiles {
-            if tile.params(self.g) == all {
-                return slots;
-            }
-        }
-        let mut sum = vec![0.0; all.len()];
-        let mut rest = &slots[..];
-        for tile in tiles {
-            let params = tile.params(self.g);
-            let (own, others) = rest.split_at(params.len());
-            sum[params].iter_mut().zip(own).for_each(|(sum, own)| *sum += own.to64());
-            rest = others;
-        }
-        sum.into_iter().map(T::Acc::from64).collect()
+        all.over_tiles()
     }
 }
 
-impl<A: Float> AllSlots<A> {
-    fn new(g: &Geometry, tiles: &[Tile], any: bool) -> Self {
-        let len = if any { tiles.iter().map(|t| t.params(g).len()).sum() } else { 0 };
-        Self { weight: vec![A::ZERO; len], bias: vec![A::ZERO; len] }
+/// Sums for parameters, tile after tile.
+struct TileSums<'a, A> {
+    norm: &'a Norm,
+    tiles: &'a [Tile],
+    weight: Vec<A>,
+    bias: Vec<A>,
+}
+
+impl<'a, A: Float> TileSums<'a, A> {
+    fn new(norm: &'a Norm, tiles: &'a [Tile], any: bool) -> Self {
+        let len = if any { tiles.iter().map(|t| count(norm, t)).sum() } else { 0 };
+        Self { norm, tiles, weight: vec![A::ZERO; len], bias: vec![A::ZERO; len] }
     }
 
     /// Each tile's own.
-    fn split(&mut self, g: &Geometry, tiles: &[Tile]) -> Vec<Option<Slots<'_, A>>> {
+    fn split(&mut self) -> Vec<Option<ParamSums<'_, A>>> {
         if self.weight.is_empty() {
-            return tiles.iter().map(|_| None).collect();
+            return self.tiles.iter().map(|_| None).collect();
         }
-        let lens = || tiles.iter().map(|t| t.params(g).len());
+        let lens = || self.tiles.iter().map(|t| count(self.norm, t));
         let both = split(&mut self.weight, lens()).into_iter().zip(split(&mut self.bias, lens()));
-        both.map(|(weight, bias)| Some(Slots { weight, bias })).collect()
+        both.map(|(weight, bias)| Some(ParamSums { weight, bias })).collect()
     }
+
+    /// Sums over all tiles; zeros without any.
+    fn over_tiles(self) -> Params<A> {
+        [self.weight, self.bias].map(|sums| {
+            if self.tiles.len() == 1 && sums.len() == self.norm.params() {
+                return sums;
+            }
+            let mut total = vec![0.0; self.norm.params()];
+            let mut rest = &sums[..];
+            for tile in self.tiles.iter().take_while(|_| !sums.is_empty()) {
+                for params in params(self.norm, tile) {
+                    let (own, others) = rest.split_at(params.len());
+                    total[params].iter_mut().zip(own).for_each(|(sum, own)| *sum += own.to64());
+                    rest = others;
+                }
+            }
+            total.into_iter().map(A::from64).collect()
+        })
+    }
+}
+
+/// The parameters that a tile touches, of each sample where those have their own.
+fn params(norm: &Norm, tile: &Tile) -> impl Iterator<Item = Range<usize>> {
+    let (g, tokens) = (&norm.geometry, norm.fusion.tokens.unwrap_or(usize::MAX));
+    let (Range { start, end }, each) = (tile.params(g), g.params());
+    let samples = tile.rows.start / tokens..tile.rows.end.div_ceil(tokens);
+    samples.map(move |sample| sample * each + start..sample * each + end)
+}
+
+fn count(norm: &Norm, tile: &Tile) -> usize {
+    params(norm, tile).map(|p| p.len()).sum()
 }
 
 fn stored<A: Float>(x: Vec<A>, dtype: DType) -> Result<CpuStorage> {

@@ -2,12 +2,16 @@
 //!
 //! f16 and bf16 are converted by integer arithmetic, which the compiler can vectorize where a level has
 //! no instruction for it; `half`'s scalar conversions would be calls.
+#![allow(unsafe_code)]
 
+use super::functions;
+use super::level::Level;
+use super::loops::{Conversions, Fused, Loops};
 use super::vector::{Convert, Simd, Vector};
+use crate::fusion::Activation;
 use candle_core::{bail, CpuStorage, Result, WithDType};
 use half::{bf16, f16};
 use std::borrow::Cow;
-use std::mem::MaybeUninit;
 use std::ops::Neg;
 
 /// Vectors of a panel: few enough elements for the first-level cache to keep them between two passes, and
@@ -18,63 +22,92 @@ pub(super) const PANEL: usize = 256;
 pub(super) type V<S, T> = <<T as Element>::Acc as Float>::V<S>;
 
 /// A type that sums are made in: f32, or f64 for f64 elements.
-pub(super) trait Float: Element<Acc = Self> + Neg<Output = Self> {
-    type V<S: Simd>: Vector<Lane = Self>;
+pub(super) trait Float: Walked<Acc = Self> + Neg<Output = Self> {
+    type V<S: Simd>: Vector<S, Self>;
     const ZERO: Self;
     const ONE: Self;
-    fn fused(self, b: Self, c: Self) -> Self;
+    fn mul_add(self, b: Self, c: Self) -> Self;
     fn root(self) -> Self;
     fn to64(self) -> f64;
     fn from64(x: f64) -> Self;
+    fn fused(level: Level) -> &'static Fused<Self>;
+    /// `activation(z)`.
+    fn value<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
+    /// Its derivative.
+    fn slope<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
 }
 
-/// The rest of `Element`: what the level's vectors can do.
+/// A type of tensor elements. Its vectors' methods are those of `Convert`, by the same names and contracts.
+#[allow(clippy::missing_safety_doc)]
+pub(super) trait Element: WithDType {
+    type Acc: Float;
+    /// What it is walked as.
+    type Walk: Walked<Acc = Self::Acc>;
+    fn widen(self) -> Self::Acc;
+    /// Rounds to nearest, ties to even.
+    fn narrow(x: Self::Acc) -> Self;
+    unsafe fn load<S: Simd>(s: S, p: *const Self) -> V<S, Self>;
+    unsafe fn load_pair<S: Simd>(s: S, p: *const Self) -> [V<S, Self>; 2];
+    unsafe fn load_part<S: Simd>(s: S, p: *const Self, n: usize) -> V<S, Self>;
+    unsafe fn store<S: Simd>(v: V<S, Self>, p: *mut Self, past: bool);
+    unsafe fn store_pair<S: Simd>(v: [V<S, Self>; 2], p: *mut Self, past: bool);
+    unsafe fn store_part<S: Simd>(v: V<S, Self>, p: *mut Self, n: usize);
+    fn conversions(level: Level) -> &'static Conversions<Self>;
+}
+
+/// A type that kernels walk as it is. f16 is not: it is widened into f32 tile by tile.
+pub(super) trait Walked: Element<Walk = Self> {
+    fn loops(level: Level) -> &'static Loops<Self>;
+}
+
+/// The vectors' part of `Element`, and the loops made for a type.
 macro_rules! through_vectors {
     ($vector:ident) => {
         #[inline(always)]
-        fn load<S: Simd>(x: &[Self]) -> S::$vector {
-            <S::$vector as Convert<Self, Self::Acc>>::load(x)
+        unsafe fn load<S: Simd>(s: S, p: *const Self) -> S::$vector {
+            // SAFETY: the caller's, here and below.
+            unsafe { <S::$vector as Convert<S, Self, Self::Acc>>::load(s, p) }
         }
         #[inline(always)]
-        fn load_pair<S: Simd>(x: &[Self]) -> [S::$vector; 2] {
-            <S::$vector as Convert<Self, Self::Acc>>::load_pair(x)
+        unsafe fn load_pair<S: Simd>(s: S, p: *const Self) -> [S::$vector; 2] {
+            // SAFETY: as above.
+            unsafe { <S::$vector as Convert<S, Self, Self::Acc>>::load_pair(s, p) }
         }
         #[inline(always)]
-        fn stream<S: Simd>(v: S::$vector, y: &mut [MaybeUninit<Self>]) {
-            Convert::<Self, Self::Acc>::stream(v, y)
+        unsafe fn load_part<S: Simd>(s: S, p: *const Self, n: usize) -> S::$vector {
+            // SAFETY: as above.
+            unsafe { <S::$vector as Convert<S, Self, Self::Acc>>::load_part(s, p, n) }
         }
         #[inline(always)]
-        fn stream_pair<S: Simd>(v: [S::$vector; 2], y: &mut [MaybeUninit<Self>]) {
-            <S::$vector as Convert<Self, Self::Acc>>::stream_pair(v, y)
+        unsafe fn store<S: Simd>(v: S::$vector, p: *mut Self, past: bool) {
+            // SAFETY: as above.
+            unsafe { <S::$vector as Convert<S, Self, Self::Acc>>::store(v, p, past) }
         }
         #[inline(always)]
-        fn store_pair<S: Simd>(v: [S::$vector; 2], y: &mut [MaybeUninit<Self>]) {
-            <S::$vector as Convert<Self, Self::Acc>>::store_pair(v, y)
+        unsafe fn store_pair<S: Simd>(v: [S::$vector; 2], p: *mut Self, past: bool) {
+            // SAFETY: as above.
+            unsafe { <S::$vector as Convert<S, Self, Self::Acc>>::store_pair(v, p, past) }
         }
         #[inline(always)]
-        fn load_part<S: Simd>(x: &[Self]) -> S::$vector {
-            <S::$vector as Convert<Self, Self::Acc>>::load_part(x)
+        unsafe fn store_part<S: Simd>(v: S::$vector, p: *mut Self, n: usize) {
+            // SAFETY: as above.
+            unsafe { <S::$vector as Convert<S, Self, Self::Acc>>::store_part(v, p, n) }
         }
-        #[inline(always)]
-        fn store<S: Simd>(v: S::$vector, y: &mut [MaybeUninit<Self>]) {
-            Convert::<Self, Self::Acc>::store(v, y)
-        }
-        #[inline(always)]
-        fn store_part<S: Simd>(v: S::$vector, y: &mut [MaybeUninit<Self>]) {
-            Convert::<Self, Self::Acc>::store_part(v, y)
+        fn conversions(level: Level) -> &'static Conversions<Self> {
+            Conversions::of(level)
         }
     };
 }
 
 macro_rules! float {
-    ($t:ty, $vector:ident) => {
+    ($t:ty, $vector:ident, $of:ident, $value:path, $slope:path) => {
         impl Float for $t {
             type V<S: Simd> = S::$vector;
             const ZERO: Self = 0.0;
             const ONE: Self = 1.0;
             #[inline(always)]
-            fn fused(self, b: Self, c: Self) -> Self {
-                self.mul_add(b, c)
+            fn mul_add(self, b: Self, c: Self) -> Self {
+                <$t>::mul_add(self, b, c)
             }
             #[inline(always)]
             fn root(self) -> Self {
@@ -88,10 +121,22 @@ macro_rules! float {
             fn from64(x: f64) -> Self {
                 x as $t
             }
+            fn fused(level: Level) -> &'static Fused<Self> {
+                Fused::$of(level)
+            }
+            #[inline(always)]
+            fn value<S: Simd>(s: S, activation: Activation, z: S::$vector) -> S::$vector {
+                $value(s, activation, z)
+            }
+            #[inline(always)]
+            fn slope<S: Simd>(s: S, activation: Activation, z: S::$vector) -> S::$vector {
+                $slope(s, activation, z)
+            }
         }
 
         impl Element for $t {
             type Acc = $t;
+            type Walk = $t;
             #[inline(always)]
             fn widen(self) -> $t {
                 self
@@ -105,32 +150,33 @@ macro_rules! float {
     };
 }
 
-float!(f32, F32);
-float!(f64, F64);
+float!(f32, F32, of, functions::value, functions::slope);
+float!(f64, F64, of_at_most_avx2, functions::values_f64, functions::slopes_f64);
 
-/// A type of tensor elements.
-pub(super) trait Element: WithDType {
-    type Acc: Float;
-    fn widen(self) -> Self::Acc;
-    /// Rounds to nearest, ties to even.
-    fn narrow(x: Self::Acc) -> Self;
-    /// A full vector of elements.
-    fn load<S: Simd>(x: &[Self]) -> V<S, Self>;
-    /// Twice as many, in the order of `Convert::load_pair`.
-    fn load_pair<S: Simd>(x: &[Self]) -> [V<S, Self>; 2];
-    /// Fewer; zero in the other lanes.
-    fn load_part<S: Simd>(x: &[Self]) -> V<S, Self>;
-    fn store<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
-    fn stream<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
-    fn stream_pair<S: Simd>(v: [V<S, Self>; 2], y: &mut [MaybeUninit<Self>]);
-    fn store_pair<S: Simd>(v: [V<S, Self>; 2], y: &mut [MaybeUninit<Self>]);
-    fn store_part<S: Simd>(v: V<S, Self>, y: &mut [MaybeUninit<Self>]);
+impl Walked for f32 {
+    fn loops(level: Level) -> &'static Loops<f32> {
+        Loops::of(level)
+    }
+}
+
+impl Walked for bf16 {
+    fn loops(level: Level) -> &'static Loops<bf16> {
+        Loops::of(level)
+    }
+}
+
+impl Walked for f64 {
+    /// AVX2's at AVX-512, too: f64 is not worth more code.
+    fn loops(level: Level) -> &'static Loops<f64> {
+        Loops::of_at_most_avx2(level)
+    }
 }
 
 macro_rules! half {
-    ($t:ty, $widen:ident, $narrow:ident) => {
+    ($t:ty, $walk:ty, $widen:ident, $narrow:ident) => {
         impl Element for $t {
             type Acc = f32;
+            type Walk = $walk;
             #[inline(always)]
             fn widen(self) -> f32 {
                 $widen(self.to_bits())
@@ -144,8 +190,8 @@ macro_rules! half {
     };
 }
 
-half!(bf16, widen_bf16, narrow_bf16);
-half!(f16, widen_f16, narrow_f16);
+half!(bf16, bf16, widen_bf16, narrow_bf16);
+half!(f16, f32, widen_f16, narrow_f16);
 
 #[inline(always)]
 fn widen_bf16(bits: u16) -> f32 {

@@ -1,48 +1,169 @@
-//! The forward: one visit per tile where tiles hold whole sets, else a sweep for the statistics and
-//! one to normalize.
+//! The forward: one visit per tile where tiles hold whole sets, else a sweep for the statistics and one to
+//! normalize.
 
-use super::element::{converted, Element, Float};
+use super::affine::{Affine, Form};
+use super::element::{converted, Element, Float, Walked};
+use super::kernel::{self, Partial};
 use super::level::Level;
-use super::moments::{Moments, Source, Stat, Stats, StatsOut};
+use super::moments::{Moments, Source as StatsFrom, Stat, Stats, StatsOut};
 use super::output::Output;
-use super::params::Params;
-use super::tile::{Cut, Tile, Walk};
-use super::work::{each, split};
-use super::{columns, runs};
+use super::parallel::{for_each, split};
+use super::plan::{self, From, Visit};
+use super::stage::{pieces, After, Scratch, Source, Tensor};
+use super::tile::{Cut, Tile};
+use super::view::OutTile;
+use super::walks;
+use crate::fusion::Gate;
+use crate::geometry::Geometry;
 use crate::request::{Arg, Forward, Given, Norm};
 use candle_core::{CpuStorage, Result};
 
-/// Output and, if the call wants them or has running statistics to move, the statistics.
-pub(super) fn forward<T: Element>(
+/// What a forward returns, in its types.
+pub(super) struct Outcome<T: Element> {
+    pub y: Vec<T>,
+    /// If the call wants them or has running ones to move.
+    pub stats: Option<Vec<T::Acc>>,
+    /// x + residual, if it has a residual of x's type.
+    pub sum: Option<Vec<T>>,
+}
+
+/// The residual, if there is one, has x's type.
+pub(super) fn forward<T: Element>(level: Level, call: &Forward<CpuStorage>) -> Result<Outcome<T>> {
+    let (norm, g) = (&call.norm, &call.norm.geometry);
+    let after = after(level, norm, [&call.skip, &call.gate])?;
+    let mut x = source::<T>(level, norm, &call.x, &call.gate)?;
+    let residual = call.residual.map(|r| elements::<T>(norm, &r)).transpose()?;
+    let residual = residual.map(|x| Tensor { level, x, width: g.width });
+    // z is not rounded before what follows it, nor x times its gate.
+    let wide = after.any() || x.gate.is_some();
+    let form = Form::of(g, call.weight.is_some() || call.bias.is_some());
+    let bytes = if wide { size_of::<T::Acc>() } else { size_of::<T::Walk>() };
+    let plan = plan::Forward::new(g, form, bytes, call.given.is_some());
+    // Where tiles do not hold whole sets, x would be read before it is summed; tiles of several rows have gaps.
+    let early = residual.filter(|_| plan.from == From::Given || g.rows > 1);
+    let sum = early.map(|residual| add::<T, T>(level, g, &x, residual.x));
+    if let Some(sum) = &sum {
+        x = Source::plain(level, sum, g);
+    }
+    let residual = residual.filter(|_| sum.is_none());
+    let outcome = match wide {
+        true => run::<T, T::Acc>(level, call, &plan, x, residual, after)?,
+        false => run::<T, T::Walk>(level, call, &plan, x, residual, after)?,
+    };
+    Ok(Outcome { sum: outcome.sum.or(sum), ..outcome })
+}
+
+/// `x + residual`, rounded to the residual's type.
+pub(super) fn add<T: Element, R: Element>(
+    level: Level,
+    g: &Geometry,
+    x: &Source<T>,
+    residual: &[R],
+) -> Vec<R> {
+    let visit = plan::Forward::new(g, Form::Spans(g.run), size_of::<R>(), true).y;
+    let tiles = visit.cut.tiles();
+    let mut output = Output::new(g, false);
+    let work = tiles.iter().zip(output.tiles(&visit.cut)).collect();
+    let residual = Tensor { level, x: residual, width: g.width };
+    for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (tile, mut sum)| {
+        x.add(&residual, tile, &mut scratch.x, &mut sum);
+    });
+    written(output)
+}
+
+/// What stands behind the norm.
+pub(super) fn after<'a, T: Element>(
+    level: Level,
+    norm: &Norm,
+    [skip, gate]: [&Option<Arg<'a, CpuStorage>>; 2],
+) -> Result<After<'a, T>> {
+    let tensor = |arg: &Option<Arg<'a, CpuStorage>>| {
+        arg.map(|arg| Result::Ok(Tensor { level, x: elements(norm, &arg)?, width: norm.geometry.width }))
+            .transpose()
+    };
+    let gate = if norm.fusion.gate == Some(Gate::After) { tensor(gate)? } else { None };
+    Ok(After { level, skip: tensor(skip)?, activation: norm.fusion.activation, gate })
+}
+
+/// x, with its gate if it has one.
+pub(super) fn source<'a, T: Element>(
+    level: Level,
+    norm: &Norm,
+    x: &Arg<'a, CpuStorage>,
+    gate: &Option<Arg<'a, CpuStorage>>,
+) -> Result<Source<'a, T>> {
+    let mut source = Source::plain(level, strided(norm, x)?, &norm.geometry);
+    source.blocks = norm.x_blocks;
+    if let (Some(Gate::Before), Some(gate)) = (norm.fusion.gate, gate) {
+        source.gate = Some(Tensor { x: elements(norm, gate)?, ..source.tensor });
+    }
+    Ok(source)
+}
+
+fn run<T: Element, W: Walked<Acc = T::Acc>>(
     level: Level,
     call: &Forward<CpuStorage>,
-) -> Result<(Vec<T>, Option<Vec<T::Acc>>)> {
-    let g = &call.norm.geometry;
-    let x = elements::<T>(&call.norm, &call.x)?;
-    let any = call.weight.is_some() || call.bias.is_some();
-    let params = Params::new(g, &call.weight, &call.bias, any)?;
-    let size = size_of::<T>();
-    if let Some(given) = &call.given {
-        let stats = snapshot::<T::Acc>(given, g.sets())?;
-        let y = normalize(level, &call.norm, x, &params, Stats(&stats), &Cut::sweep(g, size));
-        return Ok((y, Some(stats)));
+    plan: &plan::Forward,
+    x: Source<T>,
+    residual: Option<Tensor<T>>,
+    after: After<T>,
+) -> Result<Outcome<T>> {
+    let (norm, g) = (&call.norm, &call.norm.geometry);
+    let affine = Affine::new(norm, call.weight, call.bias, call.weight.is_some() || call.bias.is_some())?;
+    let mut stats = match (&call.given, &plan.sums) {
+        (Some(given), _) => Some(snapshot::<T::Acc>(given, g.sets())?),
+        (None, Some(sums)) => Some(cut_sets::<T, W>(level, g, x, sums)),
+        (None, None) => (call.keep || call.running.is_some()).then(|| vec![T::Acc::ZERO; 3 * g.sets()]),
+    };
+    let tiles = plan.y.cut.tiles();
+    let sources: Vec<_> = match (plan.from, &mut stats) {
+        (From::Given, Some(stats)) => tiles.iter().map(|_| StatsFrom::Given(Stats(stats))).collect(),
+        (_, Some(stats)) => {
+            let kept = split_stats(g, stats, &tiles);
+            kept.into_iter().map(|kept| StatsFrom::Tile(Some(kept))).collect()
+        }
+        (_, None) => tiles.iter().map(|_| StatsFrom::Tile(None)).collect(),
+    };
+    let mut output = Output::new(g, plan::past_caches(g, size_of::<T>()));
+    let mut sum = residual.map(|_| Output::new(g, false));
+    let sums = optional_tiles(sum.as_mut(), &tiles, &plan.y.cut);
+    let work = tiles.iter().zip(output.tiles(&plan.y.cut)).zip(sources).zip(sums).collect();
+    let (loops, eps) = (W::loops(level), T::Acc::from64(norm.eps));
+    let staged = residual.is_some() || x.staged::<W>() || after.staged::<W>();
+    for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (((tile, mut y), mut stats), mut sum)| {
+        for piece in &pieces(g, tile, norm.fusion.tokens, staged) {
+            let x = match (&residual, &mut sum) {
+                (Some(residual), Some(sum)) => x.read_sum::<W>(residual, piece, &mut scratch.x, sum),
+                _ => x.read::<W>(piece, &mut scratch.x),
+            };
+            let (affine, stats) = (&affine.of_row(piece.rows.start, g), stats.next(piece.sets(g).len()));
+            after.write(y.part(piece), &mut scratch.out, |y| {
+                walks::forward(
+                    plan.y.walk,
+                    kernel::Forward { loops, g, eps, affine, x, tile: piece, stats, y },
+                );
+            });
+        }
+    });
+    Ok(Outcome { y: written(output), stats, sum: sum.map(written) })
+}
+
+/// The tiles of an output that there may be.
+pub(super) fn optional_tiles<'a, T: Element>(
+    output: Option<&'a mut Output<T>>,
+    tiles: &[Tile],
+    cut: &Cut,
+) -> Vec<Option<OutTile<'a, T>>> {
+    match output {
+        Some(output) => output.tiles(cut).into_iter().map(Some).collect(),
+        None => tiles.iter().map(|_| None).collect(),
     }
-    let cut = Cut::new(g, size);
-    if !cut.whole_sets() {
-        let stats = statistics_of_cut_sets(level, &call.norm, x, &cut);
-        let y = normalize(level, &call.norm, x, &params, Stats(&stats), &Cut::sweep(g, size));
-        return Ok((y, Some(stats)));
-    }
-    let keep = call.keep || call.running.is_some();
-    let mut stats = keep.then(|| vec![T::Acc::ZERO; 3 * g.sets()]);
-    let mut output = Output::new(g);
-    let tiles = cut.tiles();
-    let mut kept = stats.as_mut().map(|stats| split_stats(g.sets(), stats, &tiles, &call.norm).into_iter());
-    let work: Vec<_> = (tiles.iter().zip(output.tiles(&cut)))
-        .map(|(tile, out)| (tile, out, Source::Tile(kept.as_mut().and_then(|k| k.next()))))
-        .collect();
-    each(work, |(tile, out, stats)| run(level, &call.norm, x, &params, tile, out, stats));
-    Ok((written(output), stats))
+}
+
+#[allow(unsafe_code)]
+pub(super) fn written<T: Element>(output: Output<T>) -> Vec<T> {
+    // SAFETY: the callers have just sent every tile of a cut through a walk.
+    unsafe { output.written() }
 }
 
 /// Given statistics in the form `[3, sets]`.
@@ -64,80 +185,60 @@ fn snapshot<A: Float>(given: &Given<CpuStorage>, sets: usize) -> Result<Vec<A>> 
 
 /// The input's statistics, `[3, sets]`.
 pub(super) fn statistics<T: Element>(level: Level, norm: &Norm, x: &Arg<CpuStorage>) -> Result<Vec<T::Acc>> {
-    let cut = Cut::new(&norm.geometry, size_of::<T>());
-    Ok(statistics_of_cut_sets(level, norm, elements::<T>(norm, x)?, &cut))
+    let visit = plan::Forward::statistics(&norm.geometry, size_of::<T::Walk>());
+    let x = source::<T>(level, norm, x, &None)?;
+    Ok(cut_sets::<T, T::Walk>(level, &norm.geometry, x, &visit))
 }
 
-/// The argument's elements.
+/// The elements of a contiguous argument of x's shape.
 pub(super) fn elements<'a, T: Element>(norm: &Norm, x: &Arg<'a, CpuStorage>) -> Result<&'a [T]> {
     Ok(&T::cpu_storage_as_slice(x.storage)?[x.offset..][..norm.geometry.elements()])
 }
 
-fn statistics_of_cut_sets<T: Element>(level: Level, norm: &Norm, x: &[T], cut: &Cut) -> Vec<T::Acc> {
-    let g = &norm.geometry;
-    let tiles = cut.tiles();
+/// Those of x, which need not be contiguous.
+fn strided<'a, T: Element>(norm: &Norm, x: &Arg<'a, CpuStorage>) -> Result<&'a [T]> {
+    match norm.x_blocks {
+        Some(_) => Ok(&T::cpu_storage_as_slice(x.storage)?[x.offset..]),
+        None => elements(norm, x),
+    }
+}
+
+/// Statistics of sets that are cut, or may be.
+fn cut_sets<T: Element, W: Walked<Acc = T::Acc>>(
+    level: Level,
+    g: &Geometry,
+    x: Source<T>,
+    visit: &Visit,
+) -> Vec<T::Acc> {
+    let tiles = visit.cut.tiles();
     let counts = || tiles.iter().map(|t| t.sets(g).len());
     let mut partial = vec![Moments::default(); counts().sum()];
-    let work: Vec<_> = tiles.iter().zip(split(&mut partial, counts())).collect();
-    each(work, |(tile, out)| match Walk::of(g) {
-        Walk::Runs => level.run(runs::Partial { g, x, tile, out }),
-        Walk::Columns => level.run(columns::Partial { g, x, tile, out }),
+    let pivots: Vec<_> = match g.center && g.elements() > 0 {
+        true => (0..g.sets()).map(|set| x.first(g, set)).collect(),
+        false => vec![T::Acc::ZERO; g.sets()],
+    };
+    let work = tiles.iter().zip(split(&mut partial, counts())).collect();
+    let loops = W::loops(level);
+    for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (tile, out)| {
+        let x = x.read::<W>(tile, &mut scratch.x);
+        walks::moments(visit.walk, Partial { loops, g, x, tile, pivots: &pivots, out });
     });
     let mut merged = vec![Moments::default(); g.sets()];
     let sets = tiles.iter().flat_map(|t| t.sets(g));
     sets.zip(&partial).for_each(|(set, m)| merged[set].merge(*m));
     let mut stats = vec![T::Acc::ZERO; 3 * g.sets()];
     for (s, moments) in merged.into_iter().enumerate() {
-        let pivot = if x.is_empty() { T::Acc::ZERO } else { runs::pivot(g, x, g.first(s)) };
-        let stat = Stat::of(pivot, moments);
+        let stat = Stat::of(Some(pivots[s]), moments);
         (stats[s], stats[g.sets() + s], stats[2 * g.sets() + s]) = (stat.high, stat.low, stat.var);
     }
     stats
 }
 
-/// Normalizes with known statistics.
-fn normalize<T: Element>(
-    level: Level,
-    norm: &Norm,
-    x: &[T],
-    params: &Params<T::Acc>,
-    stats: Stats<T::Acc>,
-    cut: &Cut,
-) -> Vec<T> {
-    let mut output = Output::new(&norm.geometry);
-    let tiles = cut.tiles();
-    let work: Vec<_> = tiles.iter().zip(output.tiles(cut)).collect();
-    each(work, |(tile, out)| run(level, norm, x, params, tile, out, Source::Given(stats)));
-    written(output)
-}
-
-#[allow(unsafe_code)]
-fn written<T: Element>(output: Output<T>) -> Vec<T> {
-    // SAFETY: the callers have just sent every tile of a cut through `run`.
-    unsafe { output.written() }
-}
-
-fn run<T: Element>(
-    level: Level,
-    norm: &Norm,
-    x: &[T],
-    params: &Params<T::Acc>,
-    tile: &Tile,
-    out: super::output::OutTile<T>,
-    stats: Source<T::Acc>,
-) {
-    let (g, eps) = (&norm.geometry, T::Acc::from64(norm.eps));
-    match Walk::of(g) {
-        Walk::Runs => level.run(runs::Forward { g, eps, x, params, stats, tile, out }),
-        Walk::Columns => level.run(columns::Forward { g, eps, x, params, stats, tile, out }),
-    }
-}
-
 /// The places of each tile's statistics in `[3, sets]`; tiles hold whole sets, in order.
-fn split_stats<'a, A>(sets: usize, stats: &'a mut [A], tiles: &[Tile], norm: &Norm) -> Vec<StatsOut<'a, A>> {
-    let (high, rest) = stats.split_at_mut(sets);
-    let (low, var) = rest.split_at_mut(sets);
-    let lens = || tiles.iter().map(|t| t.sets(&norm.geometry).len());
+fn split_stats<'a, A>(g: &Geometry, stats: &'a mut [A], tiles: &[Tile]) -> Vec<StatsOut<'a, A>> {
+    let (high, rest) = stats.split_at_mut(g.sets());
+    let (low, var) = rest.split_at_mut(g.sets());
+    let lens = || tiles.iter().map(|t| t.sets(g).len());
     let (high, low, var) = (split(high, lens()), split(low, lens()), split(var, lens()));
     high.into_iter().zip(low).zip(var).map(|((high, low), var)| [high, low, var]).collect()
 }

@@ -1,15 +1,15 @@
-//! What the backward kernels share: the formula, and where its means come from and its sums go.
+//! What the walks' backwards share: the formula, and where its means come from and its sums go.
 //!
 //! With `xhat = (x - mean) * rstd` and `g = dy * weight`, over the elements of a set:
 //!
 //! ```text
 //! dx = rstd * (g - mean(g) - xhat * mean(g * xhat))
-//!    = rstd * weight * dy + slope * (x - high) + shift
+//!    = rstd * weight * dy + x_scale * (x - high) + shift
 //! ```
 
 use super::element::Float;
 use super::moments::Stat;
-use super::vector::{Simd, Vector};
+use super::tile::Tile;
 
 /// Sums of `g` and of `g * (x - high)`.
 #[derive(Debug, Clone, Copy, Default)]
@@ -19,8 +19,11 @@ pub(super) struct Sums {
 }
 
 impl Sums {
+    pub fn times(self, weight: f64) -> Sums {
+        Sums { g: self.g * weight, gx: self.gx * weight }
+    }
+
     /// The sum of `g * xhat`.
-    #[inline(always)]
     pub fn dot<A: Float>(&self, stat: Stat<A>, rstd: A) -> f64 {
         (self.gx - stat.low.to64() * self.g) * rstd.to64()
     }
@@ -36,7 +39,6 @@ pub(super) struct Means<A> {
 impl<A: Float> Means<A> {
     pub const ZERO: Self = Means { g: A::ZERO, dot: A::ZERO };
 
-    #[inline(always)]
     pub fn of(sums: Sums, stat: Stat<A>, rstd: A, center: bool, n: f64) -> Self {
         let g = if center { A::from64(sums.g / n) } else { A::ZERO };
         Means { g, dot: A::from64(sums.dot(stat, rstd) / n) }
@@ -54,50 +56,63 @@ pub(super) enum MeansFrom<'a, A> {
     Fixed,
 }
 
-/// What turns dy and x into dx for one set; in kernels each field is a vector of one value.
+/// What turns dy and x into dx for one set.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Slope<A> {
+pub(super) struct InputGradient<A> {
     pub high: A,
     pub rstd: A,
-    pub slope: A,
+    pub x_scale: A,
     pub shift: A,
     pub low: A,
 }
 
-impl<A: Float> Slope<A> {
+impl<A: Float> InputGradient<A> {
     pub const ZERO: Self =
-        Slope { high: A::ZERO, rstd: A::ZERO, slope: A::ZERO, shift: A::ZERO, low: A::ZERO };
+        InputGradient { high: A::ZERO, rstd: A::ZERO, x_scale: A::ZERO, shift: A::ZERO, low: A::ZERO };
 
     /// Of a set's sums of `g` and `g * (x - high)`, which are short enough to stay in this type.
-    #[inline(always)]
     pub fn short(stat: Stat<A>, rstd: A, [g, gx]: [A; 2], center: bool, n: A) -> Self {
         let mean = if center { g / n } else { A::ZERO };
         Self::of(stat, rstd, Means { g: mean, dot: (gx - stat.low * g) * rstd / n })
     }
 
-    #[inline(always)]
     pub fn of(stat: Stat<A>, rstd: A, means: Means<A>) -> Self {
-        let slope = -(rstd * (rstd * means.dot));
-        let shift = -(rstd * means.g) - slope * stat.low;
-        Slope { high: stat.high, rstd, slope, shift, low: stat.low }
+        let x_scale = -(rstd * (rstd * means.dot));
+        let shift = -(rstd * means.g) - x_scale * stat.low;
+        InputGradient { high: stat.high, rstd, x_scale, shift, low: stat.low }
     }
 
+    /// As loops take it, `scale` being what dy is multiplied by.
     #[inline(always)]
-    pub fn splat<S: Simd>(self) -> Slope<A::V<S>> {
-        Slope {
-            high: A::V::<S>::splat(self.high),
-            rstd: A::V::<S>::splat(self.rstd),
-            slope: A::V::<S>::splat(self.slope),
-            shift: A::V::<S>::splat(self.shift),
-            low: A::V::<S>::splat(self.low),
-        }
+    pub fn with_scale(self, scale: A) -> [A; 4] {
+        [self.high, self.x_scale, self.shift, scale]
+    }
+
+    /// What finds `xhat`.
+    #[inline(always)]
+    pub fn stats(self) -> [A; 3] {
+        [self.high, self.low, self.rstd]
     }
 }
 
-/// Sums for the parameters that a tile touches; kernels add to what is there.
-pub(super) struct Slots<'a, A> {
+/// Sums for the parameters that a tile touches; walks add to what is there.
+pub(super) struct ParamSums<'a, A> {
     /// Of `dy * xhat`.
     pub weight: &'a mut [A],
     /// Of `dy`.
     pub bias: &'a mut [A],
+}
+
+impl<A> ParamSums<'_, A> {
+    /// Those of a piece of the tile, which lies within a sample where samples have their own parameters.
+    pub fn of_sample(&mut self, tokens: Option<usize>, tile: &Tile, piece: &Tile) -> ParamSums<'_, A> {
+        let own = match tokens {
+            Some(tokens) => {
+                let (sample, n) = (piece.rows.start / tokens - tile.rows.start / tokens, tile.columns.len());
+                sample * n..(sample + 1) * n
+            }
+            None => 0..self.weight.len(),
+        };
+        ParamSums { weight: &mut self.weight[own.clone()], bias: &mut self.bias[own] }
+    }
 }

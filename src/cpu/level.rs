@@ -1,13 +1,8 @@
-//! SIMD levels: which exist, which one runs, and the one door from generic code into each.
+//! SIMD levels: which exist, and which one runs.
 //!
-//! Kernels are written once in safe Rust, generic over the vectors of `vector/`; `Level::run` compiles them
-//! for every level by inlining them into a function with that level's target features. Apart, because entering
-//! such a function is the only unsafe step.
-#![allow(unsafe_code)]
+//! Loops are written once, generic over the vectors of `vector/`; `loops/` compiles them for every level, and
+//! a `Level` chooses between them.
 
-#[cfg(target_arch = "x86_64")]
-use super::vector::{Avx2, Avx512};
-use super::vector::{Portable, Simd};
 use candle_core::{bail, Result};
 use std::sync::OnceLock;
 
@@ -23,14 +18,6 @@ enum Instructions {
     Avx2,
     #[cfg(target_arch = "x86_64")]
     Avx512,
-}
-
-/// A piece of work, generic over the vectors it is done with.
-pub(super) trait Kernel {
-    type Output;
-
-    /// `#[inline(always)]`, like all it calls: else it would be compiled for the baseline alone.
-    fn run<S: Simd>(self) -> Self::Output;
 }
 
 impl Level {
@@ -93,28 +80,14 @@ impl Level {
         levels
     }
 
-    /// Runs `kernel` compiled for this level.
-    pub fn run<K: Kernel>(self, kernel: K) -> K::Output {
+    /// This level's of three.
+    pub fn choose<T>(self, [baseline, avx2, avx512]: [T; 3]) -> T {
         match self.0 {
-            Instructions::Baseline => kernel.run::<Portable>(),
+            Instructions::Baseline => baseline,
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `available` alone makes this value, after detecting the features below.
-            Instructions::Avx2 => unsafe { avx2(kernel) },
+            Instructions::Avx2 => avx2,
             #[cfg(target_arch = "x86_64")]
-            // SAFETY: `available` alone makes this value, after detecting the features below.
-            Instructions::Avx512 => unsafe { avx512(kernel) },
+            Instructions::Avx512 => avx512,
         }
     }
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2,fma,f16c")]
-fn avx2<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx2>()
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-fn avx512<K: Kernel>(kernel: K) -> K::Output {
-    kernel.run::<Avx512>()
 }

@@ -1,33 +1,59 @@
-//! The CPU kernels.
+//! The CPU kernels. They know a `Geometry` and slices, and nothing of tensors, graphs or other devices.
 //!
-//! They know a `Geometry` and slices, and nothing of tensors, graphs or other devices.
-// Loops by index become vectors more surely than zipped ones; kernels take what they touch, and the pairs of optional buffers are said once.
+//! A tensor is a matrix of `outer * rows` rows and `width` columns. Batch norm of 3 images of 2 channels:
+//!
+//! ```text
+//!            width
+//!      .---------------.        set    what shares a mean: the a's. Here 3 runs of 4, one in each row
+//!      | a a a a b b b b        run    its neighbouring columns
+//! rows | a a a a b b b b        span   neighbouring columns that share a weight; here a run, in layer norm one
+//!      | a a a a b b b b        part   what a tile has of a set
+//!      '---------------'
+//! ```
+//!
+//! | word | meaning | file |
+//! |---|---|---|
+//! | plan | which walks run, over which tiles | `plan.rs` |
+//! | cut, tile | how a tensor is shared out; a rectangle of it, which one thread works on | `tile.rs` |
+//! | walk | the way through a tile: `Runs`, `Sets`, `Rows` or `Columns` | `walks/` |
+//! | panel | what is summed in the accumulation type before it goes on in f64; stays in the first-level cache | `element.rs` |
+//! | block | rows of elements that a loop reads or writes: the door for all elements | `view.rs` |
+//! | loop | what runs in vectors; compiled once a level and type, and called through a table | `loops/` |
+//! | level | the vector instructions of this machine | `level.rs` |
+//!
+//! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `stage.rs` (a tile as walks read it),
+//! `walks/`, `loops/`, and each imports only what comes after it.
+// Loops by index become vectors more surely than zipped ones; loops take what they touch, not a struct of it.
 #![allow(clippy::needless_range_loop, clippy::type_complexity, clippy::too_many_arguments)]
 
+mod affine;
 mod backward;
-mod columns;
 mod element;
 mod forward;
+mod functions;
 mod gradient;
+mod kernel;
 mod level;
+mod loops;
 mod moments;
 mod output;
-mod params;
+mod parallel;
+mod plan;
 mod running;
-mod runs;
-mod streams;
+mod stage;
 #[cfg(test)]
 mod tests;
 mod tile;
 mod vector;
-mod work;
+mod view;
+mod walks;
 
 #[cfg(not(feature = "cuda-emulation"))]
 use {
-    crate::fusion::Fusion,
+    crate::fusion::Gate,
     crate::request::{Arg, Backward, Forward, Gradients, Norm, Normed},
     candle_core::backend::BackendStorage,
-    candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType},
+    candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, WithDType},
     half::{bf16, f16},
     level::Level,
 };
@@ -58,11 +84,49 @@ macro_rules! by_dtype {
     };
 }
 
+/// A forward whose residual is not of x's type: the sum, in the residual's, is normalized in the wider of the two.
+#[cfg(not(feature = "cuda-emulation"))]
+fn mixed(level: Level, call: Forward<CpuStorage>, residual: Arg<CpuStorage>) -> Result<Normed<CpuStorage>> {
+    let (norm, own) = (call.norm, call.x.storage.dtype());
+    let sum: CpuStorage = by_dtype!(norm, residual, |R| {
+        by_dtype!(norm, call.x, |T| {
+            let x = forward::source::<T>(level, &norm, &call.x, &None)?;
+            let residual = forward::elements::<R>(&norm, &residual)?;
+            R::to_cpu_storage_owned(forward::add::<T, R>(level, &norm.geometry, &x, residual))
+        })
+    });
+    let wide = match [own, sum.dtype()].contains(&DType::F64) {
+        true => DType::F64,
+        false => DType::F32,
+    };
+    let n = norm.geometry.elements();
+    let cast = |x: &CpuStorage, n: usize, dtype| x.to_dtype(&Layout::contiguous(n), dtype);
+    let x = if sum.dtype() == wide { None } else { Some(cast(&sum, n, wide)?) };
+    let x = Arg { storage: x.as_ref().unwrap_or(&sum), offset: 0 };
+    let norm = Norm { x_blocks: None, ..norm };
+    let normed =
+        <CpuStorage as crate::kernels::Kernels>::forward(Forward { norm, x, residual: None, ..call })?;
+    let stats = normed
+        .stats
+        .map(|stats| cast(&stats, 3 * norm.geometry.sets(), crate::request::accumulation_dtype(own)));
+    Ok(Normed { y: cast(&normed.y, n, own)?, stats: stats.transpose()?, sum: Some(sum) })
+}
+
 // With the emulation, CPU tensors run through the CUDA kernels instead.
 #[cfg(not(feature = "cuda-emulation"))]
 impl crate::kernels::Kernels for CpuStorage {
-    fn fuses(norm: &Norm, _: DType) -> bool {
-        norm.fusion == Fusion::default() && norm.x_blocks.is_none()
+    fn fuses(norm: &Norm, x: DType) -> bool {
+        let (g, fusion) = (&norm.geometry, &norm.fusion);
+        // Not single columns, which would be spans.
+        let rows = g.rows == 1 && g.run == g.width && g.width > 1;
+        let samples = |tokens: usize| rows && tokens > 0 && g.outer.is_multiple_of(tokens);
+        let blocks = g.rows == 1 || norm.x_blocks.is_none();
+        let behind = fusion.activation.is_some() && fusion.gate == Some(Gate::After);
+        // f64 to a half type goes through f32, and so is rounded twice.
+        let types = [Some(x), fusion.residual];
+        let twice = types.contains(&Some(DType::F64))
+            && fusion.residual.is_some_and(|_| types.iter().flatten().any(|t| t.size_in_bytes() == 2));
+        fusion.tokens.is_none_or(samples) && blocks && !behind && !twice
     }
 
     fn wrap(self) -> Storage {
@@ -86,12 +150,16 @@ impl crate::kernels::Kernels for CpuStorage {
     fn forward(call: Forward<Self>) -> Result<Normed<Self>> {
         let level = Level::current()?;
         by_dtype!(call.norm, call.x, |T| {
-            let (y, stats) = forward::forward::<T>(level, &call)?;
+            if let Some(residual) = call.residual.filter(|r| r.storage.dtype() != T::DTYPE) {
+                return mixed(level, call, residual);
+            }
+            let forward::Outcome { y, stats, sum } = forward::forward::<T>(level, &call)?;
             if let (Some(running), Some(stats)) = (call.running, &stats) {
                 running::update(&call.norm, moments::Stats(stats), running)?;
             }
             let stats = stats.filter(|_| call.keep).map(WithDType::to_cpu_storage_owned);
-            Ok(Normed { y: T::to_cpu_storage_owned(y), stats, sum: None })
+            let sum = sum.map(WithDType::to_cpu_storage_owned);
+            Ok(Normed { y: T::to_cpu_storage_owned(y), stats, sum })
         })
     }
 

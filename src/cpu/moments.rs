@@ -17,14 +17,12 @@ pub(super) struct Moments {
 impl Moments {
     /// Of `n` elements whose mean is `mean`, and their squared distances from its `high`, which the mean is
     /// off by `low`.
-    #[inline(always)]
     pub fn about<A: Float>(pivot: A, mean: Stat<A>, squares: A, n: f64) -> Self {
         let low = mean.low.to64();
         let offset = mean.high.to64() - pivot.to64() + low;
         Moments { n, offset, m2: squares.to64() - n * low * low }
     }
 
-    #[inline(always)]
     pub fn merge(&mut self, other: Moments) {
         if self.n == 0.0 {
             *self = other;
@@ -60,13 +58,12 @@ impl<A: Float> Stat<A> {
         Stat { high, low, var: A::ZERO }
     }
 
-    /// Of a set whose pivot is `pivot`; zeros for an empty set.
-    #[inline(always)]
-    pub fn of(pivot: A, moments: Moments) -> Self {
+    /// Of a set whose pivot is `pivot`, or zero; zeros for an empty set.
+    pub fn of(pivot: Option<A>, moments: Moments) -> Self {
         if moments.n == 0.0 {
             return Stat::ZERO;
         }
-        let pivot = pivot.to64();
+        let pivot = pivot.map_or(0.0, A::to64);
         let mean = pivot + moments.offset;
         let high = A::from64(mean);
         // What the two roundings above lost (the first by Knuth's exact sum).
@@ -104,7 +101,18 @@ pub(super) enum Source<'a, A> {
     Tile(Option<StatsOut<'a, A>>),
 }
 
-impl<A: Float> Source<'_, A> {
+impl<'a, A: Float> Source<'a, A> {
+    /// That of the next `n` sets of the tile, which are walked on their own.
+    pub fn next(&mut self, n: usize) -> Source<'a, A> {
+        match self {
+            Source::Given(stats) => Source::Given(*stats),
+            Source::Tile(None) => Source::Tile(None),
+            Source::Tile(Some(out)) => {
+                Source::Tile(Some(out.each_mut().map(|out| out.split_off_mut(..n).unwrap_or_default())))
+            }
+        }
+    }
+
     /// Keeps the statistics of the tile's set number `i`.
     #[inline(always)]
     pub fn keep(&mut self, i: usize, stat: Stat<A>) {

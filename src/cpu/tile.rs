@@ -19,28 +19,17 @@ const SERIAL_BYTES: usize = 64 << 10;
 const MIN_TILES: usize = 16;
 /// Rows that repay a tile's own sums for every column.
 const TALL: usize = 64;
+/// Rows that repay the merging of a column's pieces.
+const MERGED_ROWS: usize = 256;
 /// Columns that are walked side by side where sets are columns: full cache lines, full vectors.
 const SIDE_BY_SIDE: usize = 64;
 
-/// How the elements of a set lie, and so which kernels walk them.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Walk {
-    /// Along the runs, a set at a time.
-    Runs,
-    /// Along the rows, all sets of the tile at a time, each column for itself.
-    Columns,
-}
+/// Shorter runs are all tail of a vector; where a set has many rows, these repay the merging of columns.
+const SHORT_RUN: usize = 16;
 
-impl Walk {
-    pub fn of(g: &Geometry) -> Walk {
-        // A run shorter than a vector is all tail; rows repay the merging of columns.
-        let short = g.rows > 1 && g.run < 16;
-        if short || g.affine == Affine::Row {
-            Walk::Columns
-        } else {
-            Walk::Runs
-        }
-    }
+/// Whether each column is summed for itself, along the rows; else elements are summed along the runs.
+pub(super) fn by_columns(g: &Geometry) -> bool {
+    g.rows > 1 && g.run < SHORT_RUN || g.affine == Affine::Row
 }
 
 /// A rectangle of the matrix `[outer * rows, width]`.
@@ -73,37 +62,37 @@ impl Tile {
     }
 }
 
-/// The fewest columns that a tile of whole sets has.
-struct Band {
+/// The smallest tile of whole sets.
+struct MinTile {
     columns: usize,
-    /// Of them side by side in a block; at most one where that would depend on the sets beside.
-    bands: usize,
+    /// How many lie side by side in a block; at most one where that would depend on the sets beside.
+    across: usize,
 }
 
-impl Band {
-    fn of(g: &Geometry) -> Band {
+impl MinTile {
+    fn of(g: &Geometry) -> MinTile {
         let (side_by_side, width) = (SIDE_BY_SIDE / g.run.max(1) * g.run, g.width);
-        match Walk::of(g) {
-            Walk::Runs => Band { columns: g.run, bands: g.sets_per_outer() },
-            // The width is other dimensions' (perhaps the batch), so it decides nothing.
-            Walk::Columns if g.affine == Affine::Row => Band { columns: side_by_side, bands: 1 },
-            Walk::Columns => {
-                let columns = side_by_side.max(g.run).min(width);
-                Band { columns, bands: width.checked_div(columns).unwrap_or(0) }
-            }
+        if !by_columns(g) {
+            return MinTile { columns: g.run, across: g.sets_per_outer() };
         }
+        if g.affine == Affine::Row {
+            // The width is other dimensions' (perhaps the batch), so it decides nothing.
+            return MinTile { columns: side_by_side, across: 1 };
+        }
+        let columns = side_by_side.max(g.run).min(width);
+        MinTile { columns, across: width.checked_div(columns).unwrap_or(0) }
     }
 
     /// Whether sets stay whole: small ones, and larger ones where a block has enough to share out.
     fn whole(&self, g: &Geometry, bytes: usize) -> bool {
         let size = g.rows * self.columns * bytes;
-        let many = self.bands >= MIN_TILES / 2 || g.affine == Affine::Row;
+        let many = self.across >= MIN_TILES / 2 || g.affine == Affine::Row;
         size < TILE_BYTES || size <= WHOLE_SET_BYTES && many
     }
 }
 
 /// A grid of tiles over a tensor: `outers == 1` or rows are whole, `sets == 1` or runs are whole.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Cut {
     g: Geometry,
     /// Blocks in a tile.
@@ -120,11 +109,11 @@ impl Cut {
     /// The cut for an op that visits each set twice. `bytes`: of all that is read per element.
     pub fn new(g: &Geometry, bytes: usize) -> Cut {
         let mut cut = Cut { g: *g, outers: g.outer, rows: g.rows, sets: g.sets_per_outer(), run: g.run };
-        let band = Band::of(g);
-        if !band.whole(g, bytes) {
+        let least = MinTile::of(g);
+        if !least.whole(g, bytes) {
             cut.outers = 1;
             cut.split(
-                (g.rows * band.columns * bytes / MIN_TILES).clamp(SERIAL_BYTES / 4, TILE_BYTES) / bytes,
+                (g.rows * least.columns * bytes / MIN_TILES).clamp(SERIAL_BYTES / 4, TILE_BYTES) / bytes,
             );
             return cut;
         }
@@ -139,7 +128,7 @@ impl Cut {
             return cut;
         }
         cut.outers = 1;
-        cut.sets = even(cut.sets, (target / g.rows).max(band.columns) / g.run);
+        cut.sets = even(cut.sets, (target / g.rows).max(least.columns) / g.run);
         cut
     }
 
@@ -169,23 +158,20 @@ impl Cut {
     /// Cuts inside sets, into about `target` elements.
     fn split(&mut self, target: usize) {
         let g = self.g;
-        match Walk::of(&g) {
-            Walk::Columns => {
-                // Enough rows to repay the merging of a column's pieces.
-                let columns = (target / 256).max(SIDE_BY_SIDE) / g.run * g.run;
-                self.sets = even(self.sets, columns / g.run);
-                // Columns that are sets of their own may be few or many: the rows do not follow them.
-                let columns = if g.affine == Affine::Row { columns } else { self.sets * g.run };
-                self.rows = even(g.rows, (target / columns).max(1));
-            }
-            Walk::Runs if g.run >= target => {
-                (self.sets, self.rows) = (1, 1);
-                self.run = self.even_run(target);
-            }
-            Walk::Runs => {
-                self.sets = 1;
-                self.rows = even(g.rows, (target / g.run).max(1));
-            }
+        if by_columns(&g) {
+            let columns = (target / MERGED_ROWS).max(SIDE_BY_SIDE) / g.run * g.run;
+            self.sets = even(self.sets, columns / g.run);
+            // Columns that are sets of their own may be few or many: the rows do not follow them.
+            let columns = if g.affine == Affine::Row { columns } else { self.sets * g.run };
+            self.rows = even(g.rows, (target / columns).max(1));
+            return;
+        }
+        self.sets = 1;
+        if g.run >= target {
+            self.rows = 1;
+            self.run = self.even_run(target);
+        } else {
+            self.rows = even(g.rows, (target / g.run).max(1));
         }
     }
 
@@ -196,7 +182,7 @@ impl Cut {
             Affine::Row => 1,
         };
         if span == self.g.run {
-            // Multiples of a cache line.
+            // Whole cache lines of any dtype, whole vectors of any level.
             even(span, target).next_multiple_of(64)
         } else if span <= target {
             even(self.g.run / span, target / span) * span
@@ -226,9 +212,18 @@ impl Cut {
         Cut { outers: self.g.outer, ..self.clone() }
     }
 
+    pub fn geometry(&self) -> &Geometry {
+        &self.g
+    }
+
+    /// Whether every run lies within one tile.
+    pub fn whole_runs(&self) -> bool {
+        self.run >= self.g.run
+    }
+
     /// Whether every set lies within one tile.
     pub fn whole_sets(&self) -> bool {
-        self.rows >= self.g.rows && self.run >= self.g.run
+        self.rows >= self.g.rows && self.whole_runs()
     }
 
     fn grid(&self) -> (usize, usize) {

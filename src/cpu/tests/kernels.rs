@@ -10,13 +10,13 @@ use candle_core::{CpuStorage, DType, Result, WithDType};
 use half::{bf16, f16};
 use rand::{rngs::StdRng, Rng, SeedableRng};
 
-const EPS: f64 = 1e-5;
+pub(super) const EPS: f64 = 1e-5;
 
-fn geometry(outer: usize, rows: usize, width: usize, run: usize, affine: Affine) -> Geometry {
+pub(super) fn geometry(outer: usize, rows: usize, width: usize, run: usize, affine: Affine) -> Geometry {
     Geometry { outer, rows, width, run, affine, center: true }
 }
 
-fn span(span: usize) -> Affine {
+pub(super) fn span(span: usize) -> Affine {
     Affine::Column { span }
 }
 
@@ -94,7 +94,12 @@ struct Case<T: Element> {
     t: std::marker::PhantomData<T>,
 }
 
-fn random<T: WithDType>(rng: &mut StdRng, n: usize, mean: f64, std: f64) -> (CpuStorage, Vec<f64>) {
+pub(super) fn random<T: WithDType>(
+    rng: &mut StdRng,
+    n: usize,
+    mean: f64,
+    std: f64,
+) -> (CpuStorage, Vec<f64>) {
     // Uniform of the given mean and standard deviation.
     let v: Vec<T> =
         (0..n).map(|_| T::from_f64(mean + std * 12f64.sqrt() * (rng.random::<f64>() - 0.5))).collect();
@@ -120,8 +125,8 @@ impl<T: Element> Case<T> {
     fn forward(&self, level: Level) -> (Vec<T>, Vec<T::Acc>) {
         let (weight, bias) = (Some(arg(&self.w)), Some(arg(&self.b)));
         let call = Forward { weight, bias, keep: true, ..Forward::new(self.norm, arg(&self.x)) };
-        let (y, stats) = forward::forward::<T>(level, &call).unwrap();
-        (y, stats.unwrap())
+        let outcome = forward::forward::<T>(level, &call).unwrap();
+        (outcome.y, outcome.stats.unwrap())
     }
 
     fn backward(&self, level: Level, stats: &[T::Acc], fixed: bool, want: Want) -> [Option<Vec<f64>>; 3] {
@@ -137,11 +142,11 @@ impl<T: Element> Case<T> {
     }
 }
 
-fn arg(storage: &CpuStorage) -> Arg<'_, CpuStorage> {
+pub(super) fn arg(storage: &CpuStorage) -> Arg<'_, CpuStorage> {
     Arg { storage, offset: 0 }
 }
 
-fn to64(s: &CpuStorage) -> Vec<f64> {
+pub(super) fn to64(s: &CpuStorage) -> Vec<f64> {
     match s {
         CpuStorage::F64(v) => v.clone(),
         CpuStorage::F32(v) => v.iter().map(|x| *x as f64).collect(),
@@ -155,12 +160,12 @@ fn all_to64<T: WithDType>(v: &[T]) -> Vec<f64> {
     v.iter().map(|x| x.to_f64()).collect()
 }
 
-fn largest(x: &[f64]) -> f64 {
+pub(super) fn largest(x: &[f64]) -> f64 {
     x.iter().fold(0f64, |m, x| m.max(x.abs()))
 }
 
 /// Largest error, relative to the larger of the expected value and a tenth of `scale`.
-fn worst(got: &[f64], expected: &[f64], scale: f64) -> f64 {
+pub(super) fn worst(got: &[f64], expected: &[f64], scale: f64) -> f64 {
     assert_eq!(got.len(), expected.len());
     let error = |(g, e): (&f64, &f64)| match g == e {
         true => 0.0,
@@ -170,7 +175,7 @@ fn worst(got: &[f64], expected: &[f64], scale: f64) -> f64 {
 }
 
 /// Unit roundoff of a dtype.
-fn unit(dtype: DType) -> f64 {
+pub(super) fn unit(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => f64::EPSILON / 2.0,
         DType::F32 => f32::EPSILON as f64 / 2.0,
@@ -181,19 +186,19 @@ fn unit(dtype: DType) -> f64 {
 
 /// Some tens of roundings in the accumulation type; for f64 the oracle's own on top, which does not
 /// keep its means to more than f64.
-fn noise<T: Element>() -> f64 {
+pub(super) fn noise<T: Element>() -> f64 {
     let oracle = if T::DTYPE == DType::F64 { 400.0 } else { 0.0 };
     (40.0 + oracle) * unit(T::Acc::DTYPE)
 }
 
 /// One rounding to T, and the noise.
-fn tolerance<T: Element>() -> f64 {
+pub(super) fn tolerance<T: Element>() -> f64 {
     1.01 * unit(T::DTYPE) + noise::<T>()
 }
 
 /// Sums of n terms in lanes and panels: the error grows like a random walk; in f64 it is rather the
 /// oracle's, which sums one by one.
-fn sum_tolerance<T: Element>(n: usize) -> f64 {
+pub(super) fn sum_tolerance<T: Element>(n: usize) -> f64 {
     let growth = if T::DTYPE == DType::F64 { n as f64 } else { 4.0 * (n as f64).sqrt() };
     noise::<T>() + growth * unit(T::Acc::DTYPE)
 }

@@ -2,8 +2,8 @@
 
 use crate::cpu::element::Element;
 use crate::cpu::level::Level;
+use crate::cpu::parallel::for_each;
 use crate::cpu::tile::Cut;
-use crate::cpu::work::each;
 use crate::geometry::{Affine, Geometry};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -110,7 +110,7 @@ fn every_item_is_worked_on_once() {
         let count = |i: usize| {
             seen[i].fetch_add(1, Ordering::Relaxed);
         };
-        pool.install(|| each((0..items).collect(), count));
+        pool.install(|| for_each((0..items).collect(), || (), |(), i| count(i)));
         assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{items} items, {threads} threads");
     }
 }

@@ -1,8 +1,9 @@
-//! Vectors of a level's width, as kernels see them.
+//! Vectors of a level's width, as loops see them.
 //!
-//! Kernels are generic over `Simd`, and each operation below is one or two instructions of the level.
+//! Loops are generic over `Simd`, and each operation below is one or two instructions of the level.
 //! Explicit vectors rather than loops for the compiler to vectorize: it does so for a sum in sixteen
 //! lanes only while nothing around the loop changes.
+#![allow(unsafe_code)]
 
 mod portable;
 #[cfg(target_arch = "x86_64")]
@@ -13,79 +14,67 @@ pub(super) use portable::Portable;
 pub(super) use x86::{Avx2, Avx512};
 
 use half::{bf16, f16};
-use std::mem::MaybeUninit;
 use std::ops::{Add, Mul, Sub};
 
-/// The vectors of a level.
-///
-/// Methods are called within `Level::run` of that level alone: only there do its instructions exist.
+/// The vectors of a level. A value proves that this machine has the level's instructions, and every
+/// vector is made from one: `Level` alone makes those of levels that a machine may lack.
 pub(super) trait Simd: Copy + 'static {
-    type F32: Vector<Lane = f32> + Convert<f32, f32> + Convert<bf16, f32> + Convert<f16, f32>;
-    type F64: Vector<Lane = f64> + Convert<f64, f64>;
+    type F32: Functions<Self> + Convert<Self, bf16, f32> + Convert<Self, f16, f32>;
+    type F64: Vector<Self, f64>;
 
     /// Asks for the cache line of `p`, which may lie anywhere: nothing is read.
-    fn prefetch<T>(p: *const T);
+    fn prefetch<T>(self, p: *const T);
 }
 
 /// `W` numbers.
-pub(super) trait Vector: Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> {
-    type Lane: Copy;
+pub(super) trait Vector<S, A>:
+    Convert<S, A, A> + Copy + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self>
+{
     const W: usize;
 
-    fn splat(x: Self::Lane) -> Self;
+    fn splat(s: S, x: A) -> Self;
 
     /// `self * b + c`; rounded once where the level has an instruction for that.
     fn fma(self, b: Self, c: Self) -> Self;
 
     /// The sum of all lanes, in an order of halves.
-    fn sum(self) -> Self::Lane;
+    fn sum(self) -> A;
 
     /// The first `n` lanes, and zero in the others.
     fn keep(self, n: usize) -> Self;
-
-    /// Overwrites `y` with the first lanes; it has at most `W`.
-    fn write(self, y: &mut [Self::Lane]);
 }
 
-/// Reading and writing elements of type `T`, which are widened and rounded on the way.
-pub(super) trait Convert<T, A>: Vector<Lane = A> {
-    /// `x` has `W` elements.
-    fn load(x: &[T]) -> Self;
+/// What functions of f32 need besides.
+pub(super) trait Functions<S>: Vector<S, f32> {
+    fn div(self, b: Self) -> Self;
 
-    /// `x` has `2 * W` elements, which come in an order of the type's own.
-    #[inline(always)]
-    fn load_pair(x: &[T]) -> [Self; 2] {
-        [Self::load(&x[..Self::W]), Self::load(&x[Self::W..])]
-    }
+    /// `yes` in the lanes where `self` is at most `b`, else `no`: with NaN, too.
+    fn le(self, b: Self, yes: Self, no: Self) -> Self;
 
-    /// `x` has at most `W` elements; zero in the other lanes.
-    fn load_part(x: &[T]) -> Self;
+    /// `2^self` of integers from -126 to 127.
+    fn pow2(self) -> Self;
+}
 
-    /// `y` has room for `W` elements.
-    fn store(self, y: &mut [MaybeUninit<T>]);
+/// Reading and writing `W` elements of type `T`, which are widened and rounded on the way.
+///
+/// # Safety
+/// Of every method: the elements that it names lie in memory that may be read, or written.
+pub(super) trait Convert<S, T, A>: Sized {
+    unsafe fn load(s: S, p: *const T) -> Self;
 
-    /// The same past the caches, where `y` is aligned to 16 bytes: not to be waited for by this thread, nor
-    /// seen by others before a fence (`OutTile` has it).
-    #[inline(always)]
-    fn stream(self, y: &mut [MaybeUninit<T>]) {
-        self.store(y);
-    }
+    /// `2 * W` elements, which come in an order of the type's own.
+    unsafe fn load_pair(s: S, p: *const T) -> [Self; 2];
 
-    /// `y` has room for `2 * W` elements, which come in the order of `load_pair`.
-    #[inline(always)]
-    fn store_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<T>]) {
-        let (first, second) = y.split_at_mut(Self::W);
-        a.store(first);
-        b.store(second);
-    }
+    /// `n < W` elements; zero in the other lanes.
+    unsafe fn load_part(s: S, p: *const T, n: usize) -> Self;
 
-    #[inline(always)]
-    fn stream_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<T>]) {
-        let (first, second) = y.split_at_mut(Self::W);
-        a.stream(first);
-        b.stream(second);
-    }
+    /// `past`: past the caches, where `p` is aligned to 16 bytes; not to be waited for by this thread, nor seen
+    /// by others before a fence (`OutTile` has it).
+    unsafe fn store(self, p: *mut T, past: bool);
 
-    /// `y` has room for at most `W` elements.
-    fn store_part(self, y: &mut [MaybeUninit<T>]);
+    /// `2 * W` elements in the order of `load_pair`.
+    unsafe fn store_pair(pair: [Self; 2], p: *mut T, past: bool);
+
+    /// The first `n < W` lanes.
+    unsafe fn store_part(self, p: *mut T, n: usize);
 }

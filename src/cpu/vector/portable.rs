@@ -1,10 +1,11 @@
 //! Vectors that the compiler makes of small arrays: SSE2 on x86-64, NEON on aarch64.
 //!
 //! Sixteen bytes, as both have; nothing here is particular to either.
+#![allow(unsafe_code)]
 
-use super::{Convert, Simd, Vector};
+use super::{Convert, Functions, Simd, Vector};
 use crate::cpu::element::{Element, Float};
-use std::mem::MaybeUninit;
+use std::array::from_fn;
 use std::ops::{Add, Mul, Sub};
 
 /// aarch64 has fused multiply-add in its baseline; x86-64 would call a library function for it.
@@ -18,56 +19,40 @@ impl Simd for Portable {
     type F32 = Lanes<f32, 4>;
     type F64 = Lanes<f64, 2>;
 
-    fn prefetch<T>(_: *const T) {}
+    #[inline(always)]
+    fn prefetch<T>(self, _: *const T) {}
 }
 
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Lanes<A, const W: usize>([A; W]);
 
-impl<A: Float, const W: usize> Lanes<A, W> {
-    #[inline(always)]
-    fn zip(self, other: Self, f: impl Fn(A, A) -> A) -> Self {
-        Lanes(std::array::from_fn(|l| f(self.0[l], other.0[l])))
-    }
+macro_rules! operator {
+    ($trait:ident, $method:ident, $operator:tt) => {
+        impl<A: Float, const W: usize> $trait for Lanes<A, W> {
+            type Output = Self;
+            #[inline(always)]
+            fn $method(self, other: Self) -> Self {
+                Lanes(from_fn(|l| self.0[l] $operator other.0[l]))
+            }
+        }
+    };
 }
+operator!(Add, add, +);
+operator!(Sub, sub, -);
+operator!(Mul, mul, *);
 
-impl<A: Float, const W: usize> Add for Lanes<A, W> {
-    type Output = Self;
-    #[inline(always)]
-    fn add(self, other: Self) -> Self {
-        self.zip(other, |a, b| a + b)
-    }
-}
-
-impl<A: Float, const W: usize> Sub for Lanes<A, W> {
-    type Output = Self;
-    #[inline(always)]
-    fn sub(self, other: Self) -> Self {
-        self.zip(other, |a, b| a - b)
-    }
-}
-
-impl<A: Float, const W: usize> Mul for Lanes<A, W> {
-    type Output = Self;
-    #[inline(always)]
-    fn mul(self, other: Self) -> Self {
-        self.zip(other, |a, b| a * b)
-    }
-}
-
-impl<A: Float, const W: usize> Vector for Lanes<A, W> {
-    type Lane = A;
+impl<A: Float, const W: usize> Vector<Portable, A> for Lanes<A, W> {
     const W: usize = W;
 
     #[inline(always)]
-    fn splat(x: A) -> Self {
+    fn splat(_: Portable, x: A) -> Self {
         Lanes([x; W])
     }
 
     #[inline(always)]
     fn fma(self, b: Self, c: Self) -> Self {
-        Lanes(std::array::from_fn(|l| match FMA {
-            true => self.0[l].fused(b.0[l], c.0[l]),
+        Lanes(from_fn(|l| match FMA {
+            true => self.0[l].mul_add(b.0[l], c.0[l]),
             false => self.0[l] * b.0[l] + c.0[l],
         }))
     }
@@ -87,39 +72,74 @@ impl<A: Float, const W: usize> Vector for Lanes<A, W> {
 
     #[inline(always)]
     fn keep(self, n: usize) -> Self {
-        Lanes(std::array::from_fn(|l| if l < n { self.0[l] } else { A::ZERO }))
-    }
-
-    #[inline(always)]
-    fn write(self, y: &mut [A]) {
-        y.iter_mut().zip(self.0).for_each(|(y, x)| *y = x);
+        Lanes(from_fn(|l| if l < n { self.0[l] } else { A::ZERO }))
     }
 }
 
-impl<T: Element<Acc = A>, A: Float, const W: usize> Convert<T, A> for Lanes<A, W> {
+impl Functions<Portable> for Lanes<f32, 4> {
     #[inline(always)]
-    fn load(x: &[T]) -> Self {
-        let x = &x[..W];
-        Lanes(std::array::from_fn(|l| x[l].widen()))
+    fn div(self, b: Self) -> Self {
+        Lanes(from_fn(|l| self.0[l] / b.0[l]))
     }
 
     #[inline(always)]
-    fn load_part(x: &[T]) -> Self {
-        Lanes(std::array::from_fn(|l| x.get(l).map_or(A::ZERO, |x| x.widen())))
+    fn le(self, b: Self, yes: Self, no: Self) -> Self {
+        Lanes(from_fn(|l| if self.0[l] <= b.0[l] { yes.0[l] } else { no.0[l] }))
     }
 
     #[inline(always)]
-    fn store(self, y: &mut [MaybeUninit<T>]) {
-        let y = &mut y[..W];
-        for l in 0..W {
-            y[l].write(T::narrow(self.0[l]));
+    fn pow2(self) -> Self {
+        // The integer in the last bits of the fraction, moved to where the exponent is.
+        Lanes(from_fn(|l| f32::from_bits((self.0[l] + (8_388_608.0 + 127.0)).to_bits() << 23)))
+    }
+}
+
+// SAFETY of the blocks below: the caller's, for the elements that the method names.
+impl<T: Element<Acc = A>, A: Float, const W: usize> Convert<Portable, T, A> for Lanes<A, W> {
+    #[inline(always)]
+    unsafe fn load(_: Portable, p: *const T) -> Self {
+        // SAFETY: as above.
+        Lanes(from_fn(|l| unsafe { p.add(l).read() }.widen()))
+    }
+
+    #[inline(always)]
+    unsafe fn load_pair(s: Portable, p: *const T) -> [Self; 2] {
+        // SAFETY: as above.
+        unsafe { [Self::load(s, p), Self::load(s, p.add(W))] }
+    }
+
+    #[inline(always)]
+    unsafe fn load_part(_: Portable, p: *const T, n: usize) -> Self {
+        let mut lanes = [A::ZERO; W];
+        for (l, lane) in lanes.iter_mut().enumerate().take(n) {
+            // SAFETY: as above.
+            *lane = unsafe { p.add(l).read() }.widen();
+        }
+        Lanes(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, p: *mut T, _: bool) {
+        for (l, x) in self.0.into_iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { p.add(l).write(T::narrow(x)) };
         }
     }
 
     #[inline(always)]
-    fn store_part(self, y: &mut [MaybeUninit<T>]) {
-        for (y, x) in y.iter_mut().zip(self.0) {
-            y.write(T::narrow(x));
+    unsafe fn store_pair([a, b]: [Self; 2], p: *mut T, past: bool) {
+        // SAFETY: as above.
+        unsafe {
+            Convert::<_, T, A>::store(a, p, past);
+            Convert::<_, T, A>::store(b, p.add(W), past);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn store_part(self, p: *mut T, n: usize) {
+        for (l, x) in self.0.into_iter().enumerate().take(n) {
+            // SAFETY: as above.
+            unsafe { p.add(l).write(T::narrow(x)) };
         }
     }
 }

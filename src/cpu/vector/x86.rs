@@ -1,51 +1,50 @@
 //! AVX2 and AVX-512 vectors.
 //!
-//! Apart, because intrinsics take unsafe code. Every `unsafe` below relies on one of two facts: these
-//! types are used within `Level::run` of their level alone, which has detected the instructions; and
-//! a load or store touches only the elements of its slice, whose length is checked (full vectors) or
-//! masked by (parts).
+//! Apart, because intrinsics take unsafe code. Every `unsafe` below relies on one of two facts: a vector is
+//! made from a level's value, which exists only where the machine has the level's instructions; and loads and
+//! stores touch no more than the elements that their caller answers for.
 #![allow(unsafe_code)]
 
-use super::{Convert, Simd, Vector};
+use super::{Convert, Functions, Simd, Vector};
 use half::{bf16, f16};
 use std::arch::x86_64::*;
-use std::mem::MaybeUninit;
 use std::ops::{Add, Mul, Sub};
 
-/// AVX2, FMA and F16C.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Avx2;
+macro_rules! level {
+    ($(#[$doc:meta])* $name:ident, $f32:ident, $f64:ident) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy)]
+        pub(in crate::cpu) struct $name(());
 
-/// AVX-512 F, BW, DQ and VL.
-#[derive(Clone, Copy)]
-pub(in crate::cpu) struct Avx512;
+        impl $name {
+            /// # Safety
+            /// The machine has these instructions.
+            #[inline(always)]
+            pub unsafe fn new() -> Self {
+                $name(())
+            }
+        }
 
-impl Simd for Avx2 {
-    type F32 = F32x8;
-    type F64 = F64x4;
+        impl Simd for $name {
+            type F32 = $f32;
+            type F64 = $f64;
 
-    #[inline(always)]
-    fn prefetch<T>(p: *const T) {
-        // SAFETY: a hint, which is no access.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
-    }
+            #[inline(always)]
+            fn prefetch<T>(self, p: *const T) {
+                // SAFETY: a hint, which is no access.
+                unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
+            }
+        }
+    };
 }
 
-impl Simd for Avx512 {
-    type F32 = F32x16;
-    type F64 = F64x8;
-
-    #[inline(always)]
-    fn prefetch<T>(p: *const T) {
-        // SAFETY: a hint, which is no access.
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
-    }
-}
+level! { /** AVX2, FMA and F16C. */ Avx2, F32x8, F64x4 }
+level! { /** AVX-512 F, BW, DQ and VL; f64 is left to AVX2. */ Avx512, F32x16, F64x4 }
 
 /// A vector type and the arithmetic that has one instruction an operation.
 macro_rules! vector {
-    ($name:ident, $raw:ty, $a:ty, $w:literal, $set:ident, $add:ident, $sub:ident, $mul:ident, $fma:ident,
-     |$s:ident| $sum:expr, |$k:ident, $n:ident| $keep:expr) => {
+    ($name:ident, $raw:ty, $a:ty, $w:literal, $level:ident, $set:ident, $add:ident, $sub:ident, $mul:ident,
+     $fma:ident, |$s:ident| $sum:expr, |$k:ident, $n:ident| $keep:expr) => {
         #[derive(Clone, Copy)]
         pub(in crate::cpu) struct $name($raw);
 
@@ -53,44 +52,33 @@ macro_rules! vector {
         vector!(@operator $name, Sub, sub, $sub);
         vector!(@operator $name, Mul, mul, $mul);
 
-        impl Vector for $name {
-            type Lane = $a;
+        impl<S: $level> Vector<S, $a> for $name {
             const W: usize = $w;
 
             #[inline(always)]
-            fn splat(x: $a) -> Self {
-                // SAFETY: within this type's level.
+            fn splat(_: S, x: $a) -> Self {
+                // SAFETY: the level's value proves it.
                 $name(unsafe { $set(x) })
             }
 
             #[inline(always)]
             fn fma(self, b: Self, c: Self) -> Self {
-                // SAFETY: within this type's level.
+                // SAFETY: a vector proves its level.
                 $name(unsafe { $fma(self.0, b.0, c.0) })
             }
 
             #[inline(always)]
             fn sum(self) -> $a {
                 let $s = self.0;
-                // SAFETY: within this type's level.
+                // SAFETY: a vector proves its level.
                 unsafe { $sum }
             }
 
             #[inline(always)]
             fn keep(self, $n: usize) -> Self {
                 let $k = self.0;
-                // SAFETY: within this type's level.
+                // SAFETY: a vector proves its level.
                 $name(unsafe { $keep })
-            }
-
-            #[inline(always)]
-            fn write(self, y: &mut [$a]) {
-                // SAFETY: numbers that are overwritten by numbers stay initialized.
-                let y = unsafe { &mut *(y as *mut [$a] as *mut [MaybeUninit<$a>]) };
-                match y.len() == Self::W {
-                    true => Convert::<$a, $a>::store(self, y),
-                    false => Convert::<$a, $a>::store_part(self, y),
-                }
             }
         }
     };
@@ -99,25 +87,70 @@ macro_rules! vector {
             type Output = Self;
             #[inline(always)]
             fn $method(self, other: Self) -> Self {
-                // SAFETY: within this type's level.
+                // SAFETY: a vector proves its level.
                 $name(unsafe { $intrinsic(self.0, other.0) })
             }
         }
     };
 }
 
-vector! { F32x16, __m512, f32, 16, _mm512_set1_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps, _mm512_fmadd_ps,
+/// Levels with 256-bit vectors.
+pub(in crate::cpu) trait Has256: Simd {}
+/// Levels with 512-bit vectors.
+pub(in crate::cpu) trait Has512: Simd {}
+impl Has256 for Avx2 {}
+impl Has256 for Avx512 {}
+impl Has512 for Avx512 {}
+
+vector! { F32x16, __m512, f32, 16, Has512, _mm512_set1_ps, _mm512_add_ps, _mm512_sub_ps, _mm512_mul_ps,
+_mm512_fmadd_ps,
 |s| sum8(_mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps::<1>(s))),
 |k, n| _mm512_maskz_mov_ps(first(n) as u16, k) }
-vector! { F64x8, __m512d, f64, 8, _mm512_set1_pd, _mm512_add_pd, _mm512_sub_pd, _mm512_mul_pd, _mm512_fmadd_pd,
-|s| sum4(_mm256_add_pd(_mm512_castpd512_pd256(s), _mm512_extractf64x4_pd::<1>(s))),
-|k, n| _mm512_maskz_mov_pd(first(n) as u8, k) }
-vector! { F32x8, __m256, f32, 8, _mm256_set1_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps, _mm256_fmadd_ps,
+vector! { F32x8, __m256, f32, 8, Has256, _mm256_set1_ps, _mm256_add_ps, _mm256_sub_ps, _mm256_mul_ps,
+_mm256_fmadd_ps,
 |s| sum8(s),
 |k, n| _mm256_and_ps(k, _mm256_castsi256_ps(first8(n))) }
-vector! { F64x4, __m256d, f64, 4, _mm256_set1_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd, _mm256_fmadd_pd,
+vector! { F64x4, __m256d, f64, 4, Has256, _mm256_set1_pd, _mm256_add_pd, _mm256_sub_pd, _mm256_mul_pd,
+_mm256_fmadd_pd,
 |s| sum4(s),
 |k, n| _mm256_and_pd(k, _mm256_castsi256_pd(first4(n))) }
+
+macro_rules! functions {
+    ($name:ident, $level:ident, $div:ident, |$a:ident, $b:ident, $yes:ident, $no:ident| $le:expr,
+     |$n:ident| $pow2:expr) => {
+        impl<S: $level> Functions<S> for $name {
+            #[inline(always)]
+            fn div(self, b: Self) -> Self {
+                // SAFETY: a vector proves its level, here and below.
+                $name(unsafe { $div(self.0, b.0) })
+            }
+
+            #[inline(always)]
+            fn le(self, b: Self, yes: Self, no: Self) -> Self {
+                let ($a, $b, $yes, $no) = (self.0, b.0, yes.0, no.0);
+                // SAFETY: as above.
+                $name(unsafe { $le })
+            }
+
+            #[inline(always)]
+            fn pow2(self) -> Self {
+                let $n = self.0;
+                // SAFETY: as above.
+                $name(unsafe { $pow2 })
+            }
+        }
+    };
+}
+
+// The integer in the last bits of the fraction, moved to where the exponent is.
+functions! { F32x16, Has512, _mm512_div_ps,
+|a, b, yes, no| _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b), no, yes),
+|n| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(
+    _mm512_add_ps(n, _mm512_set1_ps(8_388_608.0 + 127.0))))) }
+functions! { F32x8, Has256, _mm256_div_ps,
+|a, b, yes, no| _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LE_OQ>(a, b)),
+|n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(
+    _mm256_add_ps(n, _mm256_set1_ps(8_388_608.0 + 127.0))))) }
 
 /// A mask of the first `n < 32` lanes.
 #[inline(always)]
@@ -126,6 +159,9 @@ fn first(n: usize) -> u32 {
 }
 
 /// All bits of the first `n` of 8 lanes.
+///
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn first8(n: usize) -> __m256i {
     // SAFETY: called within AVX2 or wider.
@@ -133,12 +169,17 @@ unsafe fn first8(n: usize) -> __m256i {
 }
 
 /// All bits of the first `n` of 4 lanes.
+///
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn first4(n: usize) -> __m256i {
     // SAFETY: called within AVX2 or wider.
     unsafe { _mm256_cmpgt_epi64(_mm256_set1_epi64x(n as i64), _mm256_setr_epi64x(0, 1, 2, 3)) }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn sum8(s: __m256) -> f32 {
     // SAFETY: called within AVX2 or wider.
@@ -149,6 +190,8 @@ unsafe fn sum8(s: __m256) -> f32 {
     }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn sum4(s: __m256d) -> f64 {
     // SAFETY: called within AVX2 or wider.
@@ -158,141 +201,162 @@ unsafe fn sum4(s: __m256d) -> f64 {
     }
 }
 
-/// Loads and stores of a type: `p` is the slice's pointer, `n` its length where it is a part, `v` what is
-/// stored.
+/// Loads and stores of a type: `p` is where, `n` the length of a part, `v` what is stored. A pair is
+/// loaded and stored as one: of types whose pairs are halves of a wider register, or two vectors.
 macro_rules! convert {
-    ($name:ident, $t:ty, $a:ty,
+    ($name:ident, $t:ty, $a:ty, $level:ident,
      load |$lp:ident| $load:expr, part |$pp:ident, $pn:ident| $part:expr,
-     store |$sp:ident, $sv:ident| $store:expr, stream |$np:ident, $nv:ident| $stream:expr,
-     part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr
-     $(, pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr,
-     stream |$mp:ident, $ma:ident, $mb:ident| $stream_pair:expr)?) => {
-        impl Convert<$t, $a> for $name {
+     store |$sp:ident, $sv:ident| $store:expr, past |$np:ident, $nv:ident| $stream:expr,
+     part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr,
+     pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr,
+     past |$mp:ident, $ma:ident, $mb:ident| $stream_pair:expr) => {
+        impl<S: $level> Convert<S, $t, $a> for $name {
             #[inline(always)]
-            fn load(x: &[$t]) -> Self {
-                assert!(x.len() == Self::W);
-                let $lp = x.as_ptr();
-                // SAFETY: `W` elements are read, and there are as many; within this type's level.
+            unsafe fn load(_: S, $lp: *const $t) -> Self {
+                // SAFETY: the caller's; the level's value proves it.
                 $name(unsafe { $load })
             }
 
             #[inline(always)]
-            fn load_part(x: &[$t]) -> Self {
-                assert!(x.len() <= Self::W);
-                let ($pp, $pn) = (x.as_ptr(), x.len());
-                // SAFETY: no more than the slice's elements are read; within this type's level.
+            unsafe fn load_pair(_: S, $qp: *const $t) -> [Self; 2] {
+                // SAFETY: the caller's; the level's value proves it.
+                let (a, b) = unsafe { $load_pair };
+                [$name(a), $name(b)]
+            }
+
+            #[inline(always)]
+            unsafe fn load_part(_: S, $pp: *const $t, $pn: usize) -> Self {
+                // SAFETY: the caller's; the level's value proves it.
                 $name(unsafe { $part })
             }
 
             #[inline(always)]
-            fn store(self, y: &mut [MaybeUninit<$t>]) {
-                assert!(y.len() == Self::W);
-                let ($sp, $sv) = (y.as_mut_ptr().cast::<$t>(), self.0);
-                // SAFETY: `W` elements are written, and there is room; within this type's level.
-                unsafe { $store }
-            }
-
-            #[inline(always)]
-            fn stream(self, y: &mut [MaybeUninit<$t>]) {
-                assert!(y.len() == Self::W);
-                if y.as_ptr().addr() % 16 != 0 {
-                    return self.store(y);
+            unsafe fn store(self, p: *mut $t, past: bool) {
+                // SAFETY: the caller's; a vector proves its level.
+                unsafe {
+                    if past {
+                        let ($np, $nv) = (p, self.0);
+                        $stream
+                    } else {
+                        let ($sp, $sv) = (p, self.0);
+                        $store
+                    }
                 }
-                let ($np, $nv) = (y.as_mut_ptr().cast::<$t>(), self.0);
-                // SAFETY: `W` elements are written, there is room, aligned to 16 bytes; within this type's level.
-                unsafe { $stream }
             }
 
             #[inline(always)]
-            fn store_part(self, y: &mut [MaybeUninit<$t>]) {
-                assert!(y.len() <= Self::W);
-                let ($tp, $tv, $tn) = (y.as_mut_ptr().cast::<$t>(), self.0, y.len());
-                // SAFETY: no more than the slice's elements are written; within this type's level.
+            unsafe fn store_pair([a, b]: [Self; 2], p: *mut $t, past: bool) {
+                // SAFETY: the caller's; a vector proves its level.
+                unsafe {
+                    if past {
+                        let ($mp, $ma, $mb) = (p, a.0, b.0);
+                        $stream_pair
+                    } else {
+                        let ($rp, $ra, $rb) = (p, a.0, b.0);
+                        $store_pair
+                    }
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store_part(self, $tp: *mut $t, $tn: usize) {
+                let $tv = self.0;
+                // SAFETY: the caller's; a vector proves its level.
                 unsafe { $store_part }
             }
-
-            $(
-                #[inline(always)]
-                fn load_pair(x: &[$t]) -> [Self; 2] {
-                    assert!(x.len() == 2 * Self::W);
-                    let $qp = x.as_ptr();
-                    // SAFETY: `2 * W` elements are read, and there are as many; within this type's level.
-                    let (a, b) = unsafe { $load_pair };
-                    [$name(a), $name(b)]
-                }
-
-                #[inline(always)]
-                fn store_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<$t>]) {
-                    assert!(y.len() == 2 * Self::W);
-                    let ($rp, $ra, $rb) = (y.as_mut_ptr().cast::<$t>(), a.0, b.0);
-                    // SAFETY: `2 * W` elements are written, and there is room; within this type's level.
-                    unsafe { $store_pair }
-                }
-
-                #[inline(always)]
-                fn stream_pair([a, b]: [Self; 2], y: &mut [MaybeUninit<$t>]) {
-                    assert!(y.len() == 2 * Self::W);
-                    if y.as_ptr().addr() % 16 != 0 {
-                        return Self::store_pair([a, b], y);
-                    }
-                    let ($mp, $ma, $mb) = (y.as_mut_ptr().cast::<$t>(), a.0, b.0);
-                    // SAFETY: as above, and it is aligned.
-                    unsafe { $stream_pair }
-                }
-            )?
         }
     };
 }
 
-convert! { F32x16, f32, f32,
+convert! { F32x16, f32, f32, Has512,
 load |p| _mm512_loadu_ps(p), part |p, n| _mm512_maskz_loadu_ps(first(n) as u16, p),
-store |p, v| _mm512_storeu_ps(p, v), stream |p, v| stream512(p.cast(), _mm512_castps_si512(v)),
-    part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v) }
-convert! { F64x8, f64, f64,
-load |p| _mm512_loadu_pd(p), part |p, n| _mm512_maskz_loadu_pd(first(n) as u8, p),
-store |p, v| _mm512_storeu_pd(p, v), stream |p, v| stream512(p.cast(), _mm512_castpd_si512(v)),
-    part |p, v, n| _mm512_mask_storeu_pd(p, first(n) as u8, v) }
-convert! { F32x8, f32, f32,
+store |p, v| _mm512_storeu_ps(p, v),
+past |p, v| stream512(p.cast(), _mm512_castps_si512(v)), part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v),
+pairs |p| (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16))),
+|p, a, b| { _mm512_storeu_ps(p, a); _mm512_storeu_ps(p.add(16), b) },
+past |p, a, b| {
+    stream512(p.cast(), _mm512_castps_si512(a));
+    stream512(p.add(16).cast(), _mm512_castps_si512(b))
+} }
+convert! { F32x8, f32, f32, Has256,
 load |p| _mm256_loadu_ps(p), part |p, n| _mm256_maskload_ps(p, first8(n)),
-store |p, v| _mm256_storeu_ps(p, v), stream |p, v| stream256(p.cast(), _mm256_castps_si256(v)),
-    part |p, v, n| _mm256_maskstore_ps(p, first8(n), v) }
-convert! { F64x4, f64, f64,
+store |p, v| _mm256_storeu_ps(p, v),
+past |p, v| stream256(p.cast(), _mm256_castps_si256(v)), part |p, v, n| _mm256_maskstore_ps(p, first8(n), v),
+pairs |p| (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))),
+|p, a, b| { _mm256_storeu_ps(p, a); _mm256_storeu_ps(p.add(8), b) },
+past |p, a, b| {
+    stream256(p.cast(), _mm256_castps_si256(a));
+    stream256(p.add(8).cast(), _mm256_castps_si256(b))
+} }
+convert! { F64x4, f64, f64, Has256,
 load |p| _mm256_loadu_pd(p), part |p, n| _mm256_maskload_pd(p, first4(n)),
-store |p, v| _mm256_storeu_pd(p, v), stream |p, v| stream256(p.cast(), _mm256_castpd_si256(v)),
-    part |p, v, n| _mm256_maskstore_pd(p, first4(n), v) }
+store |p, v| _mm256_storeu_pd(p, v),
+past |p, v| stream256(p.cast(), _mm256_castpd_si256(v)), part |p, v, n| _mm256_maskstore_pd(p, first4(n), v),
+pairs |p| (_mm256_loadu_pd(p), _mm256_loadu_pd(p.add(4))),
+|p, a, b| { _mm256_storeu_pd(p, a); _mm256_storeu_pd(p.add(4), b) },
+past |p, a, b| {
+    stream256(p.cast(), _mm256_castpd_si256(a));
+    stream256(p.add(4).cast(), _mm256_castpd_si256(b))
+} }
 
 // Pairs of bf16 vectors are the elements at even places and those at odd ones: a shift and a mask part the
 // 32-bit words that have one of each, where neighbours would have to be moved across the register.
-convert! { F32x16, bf16, f32,
+convert! { F32x16, bf16, f32, Has512,
 load |p| bf16_wide16(_mm256_loadu_si256(p.cast())),
 part |p, n| bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
-    stream |p, v| stream256(p.cast(), bf16_narrow16(v)),
+past |p, v| stream256(p.cast(), bf16_narrow16(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v)),
 pairs |p| bf16_parted16(_mm512_loadu_si512(p.cast())),
 |p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)),
-    stream |p, a, b| stream512(p.cast(), bf16_joined16(a, b)) }
-convert! { F32x16, f16, f32,
+past |p, a, b| stream512(p.cast(), bf16_joined16(a, b)) }
+convert! { F32x8, bf16, f32, Has256,
+load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
+store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
+past |p, v| _mm_stream_si128(p.cast(), bf16_narrow8(v)), part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
+pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
+|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)),
+past |p, a, b| stream256(p.cast(), bf16_joined8(a, b)) }
+
+convert! { F32x16, f16, f32, Has512,
 load |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
 part |p, n| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
-    stream |p, v| stream256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
-part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v)) }
-convert! { F32x8, bf16, f32,
-load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
-store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
-    stream |p, v| _mm_stream_si128(p.cast(), bf16_narrow8(v)),
-part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
-pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
-|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)),
-    stream |p, a, b| stream256(p.cast(), bf16_joined8(a, b)) }
-convert! { F32x8, f16, f32,
+past |p, v| stream256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
+part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v)),
+pairs |p| {
+    let both = _mm512_loadu_si512(p.cast());
+    (_mm512_cvtph_ps(_mm512_castsi512_si256(both)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(both)))
+},
+|p, a, b| {
+    _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(a));
+    _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtps_ph::<NEAREST>(b))
+},
+past |p, a, b| {
+    stream256(p.cast(), _mm512_cvtps_ph::<NEAREST>(a));
+    stream256(p.add(16).cast(), _mm512_cvtps_ph::<NEAREST>(b))
+} }
+convert! { F32x8, f16, f32, Has256,
 load |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())), part |p, n| _mm256_cvtph_ps(load16(p.cast(), n)),
 store |p, v| _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
-    stream |p, v| _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
-part |p, v, n| store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n) }
+past |p, v| _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
+part |p, v, n| store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n),
+pairs |p| {
+    (_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())))
+},
+|p, a, b| {
+    _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(a));
+    _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(b))
+},
+past |p, a, b| {
+    _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(a));
+    _mm_stream_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(b))
+} }
 
 /// In pieces of 16 bytes, as allocators align: the processor puts lines together again.
+///
+/// # Safety
+/// Room for as many bytes, aligned to 16; the level's instructions exist.
 #[inline(always)]
 unsafe fn stream256(p: *mut __m128i, v: __m256i) {
     // SAFETY: the caller's: room for 32 bytes, aligned to 16; called within AVX2 or wider.
@@ -302,6 +366,9 @@ unsafe fn stream256(p: *mut __m128i, v: __m256i) {
     }
 }
 
+///
+/// # Safety
+/// Room for as many bytes, aligned to 16; the level's instructions exist.
 #[inline(always)]
 unsafe fn stream512(p: *mut __m128i, v: __m512i) {
     // SAFETY: the caller's: room for 64 bytes, aligned to 16; called within AVX-512.
@@ -316,18 +383,24 @@ unsafe fn stream512(p: *mut __m128i, v: __m512i) {
 /// Ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_wide16(x: __m256i) -> __m512 {
     // SAFETY: called within AVX-512.
     unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))) }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_wide8(x: __m128i) -> __m256 {
     // SAFETY: called within AVX2.
     unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_parted16(x: __m512i) -> (__m512, __m512) {
     // SAFETY: called within AVX-512.
@@ -337,6 +410,8 @@ unsafe fn bf16_parted16(x: __m512i) -> (__m512, __m512) {
     }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_parted8(x: __m256i) -> (__m256, __m256) {
     // SAFETY: called within AVX2.
@@ -348,6 +423,9 @@ unsafe fn bf16_parted8(x: __m256i) -> (__m256, __m256) {
 
 /// To nearest, ties to even, in the upper halves; NaN stays NaN (`element.rs` has the same in scalars). Not
 /// the processor's own conversion, which takes subnormals for zero.
+///
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_rounded16(x: __m512) -> __m512i {
     // SAFETY: called within AVX-512.
@@ -360,6 +438,8 @@ unsafe fn bf16_rounded16(x: __m512) -> __m512i {
     }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_rounded8(x: __m256) -> __m256i {
     // SAFETY: called within AVX2.
@@ -373,12 +453,16 @@ unsafe fn bf16_rounded8(x: __m256) -> __m256i {
     }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_narrow16(x: __m512) -> __m256i {
     // SAFETY: called within AVX-512.
     unsafe { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bf16_rounded16(x))) }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_narrow8(x: __m256) -> __m128i {
     // SAFETY: called within AVX2.
@@ -389,6 +473,8 @@ unsafe fn bf16_narrow8(x: __m256) -> __m128i {
     }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_joined16(even: __m512, odd: __m512) -> __m512i {
     // SAFETY: called within AVX-512.
@@ -398,6 +484,8 @@ unsafe fn bf16_joined16(even: __m512, odd: __m512) -> __m512i {
     }
 }
 
+/// # Safety
+/// The level's instructions exist.
 #[inline(always)]
 unsafe fn bf16_joined8(even: __m256, odd: __m256) -> __m256i {
     // SAFETY: called within AVX2.
@@ -408,23 +496,26 @@ unsafe fn bf16_joined8(even: __m256, odd: __m256) -> __m256i {
 }
 
 /// The first `n <= 8` of 16-bit elements: AVX2 has no masks for them.
+///
+/// # Safety
+/// There are `n` elements.
 #[inline(always)]
 unsafe fn load16(p: *const u16, n: usize) -> __m128i {
     let mut x = [0u16; 8];
-    for (l, x) in x.iter_mut().enumerate().take(n) {
-        // SAFETY: `l < n`, and the caller has `n` elements.
-        *x = unsafe { *p.add(l) };
+    // SAFETY: the caller's, and `x` has room; `x` is as large as the register, without invalid values.
+    unsafe {
+        p.copy_to_nonoverlapping(x.as_mut_ptr(), n.min(8));
+        std::mem::transmute(x)
     }
-    // SAFETY: as large, without invalid values.
-    unsafe { std::mem::transmute(x) }
 }
 
+/// # Safety
+/// There is room for `n` elements.
 #[inline(always)]
 unsafe fn store16(p: *mut u16, x: __m128i, n: usize) {
-    // SAFETY: as large, without invalid values.
-    let x: [u16; 8] = unsafe { std::mem::transmute(x) };
-    for (l, x) in x.into_iter().enumerate().take(n) {
-        // SAFETY: `l < n`, and the caller has room for `n` elements.
-        unsafe { *p.add(l) = x };
+    // SAFETY: the caller's; the array is as large as the register, without invalid values.
+    unsafe {
+        let x: [u16; 8] = std::mem::transmute(x);
+        p.copy_from_nonoverlapping(x.as_ptr(), n.min(8));
     }
 }

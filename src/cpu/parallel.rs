@@ -2,22 +2,28 @@
 
 use std::sync::Mutex;
 
-/// Runs `f` on every item, on several threads if there are several of both.
+/// Runs `f` on every item, on several threads if there are several of both, with a value of `new` for each.
 ///
 /// The calling thread takes part from the first item on; the pool's may come later, as they have to be woken.
 /// Threads start far from each other: neighbours would meet in the same pages of a fresh output, and each
 /// would have the kernel clear them.
-pub(super) fn each<I: Send>(items: Vec<I>, f: impl Fn(I) + Send + Sync) {
+pub(super) fn for_each<I: Send, S>(
+    items: Vec<I>,
+    new: impl Fn() -> S + Send + Sync,
+    f: impl Fn(&mut S, I) + Send + Sync,
+) {
     let threads = rayon::current_num_threads().min(items.len());
     if threads < 2 {
-        return items.into_iter().for_each(f);
+        let mut own = new();
+        return items.into_iter().for_each(|item| f(&mut own, item));
     }
     let queue = Mutex::new(spread(items, threads).into_iter());
     // A panic in `f` leaves the queue whole; rayon hands the panic on.
     let next = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
     let work = || {
+        let mut own = new();
         while let Some(item) = next() {
-            f(item)
+            f(&mut own, item)
         }
     };
     rayon::in_place_scope(|scope| {

@@ -1,0 +1,91 @@
+//! Weight and bias in the accumulation type, in the form in which walks take them.
+
+use super::element::{converted, Float};
+use super::tile::by_columns;
+use crate::geometry::{self, Geometry};
+use crate::request::{Arg, Norm};
+use candle_core::{CpuStorage, Result};
+use std::borrow::Cow;
+
+/// Which entry of weight and bias scales an element.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// The one of its span: a constant over `span` columns.
+    Spans(usize),
+    /// The one of its column, of a run of several.
+    Columns,
+    /// The one of its row.
+    Rows,
+}
+
+impl Form {
+    /// `any`: the op has a weight, a bias, or somebody wants the gradient of one.
+    pub fn of(g: &Geometry, any: bool) -> Form {
+        match g.affine {
+            geometry::Affine::Row => Form::Rows,
+            geometry::Affine::Column { span: 1 } if !by_columns(g) && g.run > 1 => match any {
+                true => Form::Columns,
+                // Nothing to stream: a constant over the whole run.
+                false => Form::Spans(g.run),
+            },
+            geometry::Affine::Column { span } => Form::Spans(span),
+        }
+    }
+}
+
+/// Weight and bias of every span, column or row. There always is a weight.
+pub(super) struct Affine<'a, A: Clone> {
+    pub form: Form,
+    pub weight: Cow<'a, [A]>,
+    bias: Option<Cow<'a, [A]>>,
+    /// Blocks one behind the other that share them, where samples have their own.
+    tokens: Option<usize>,
+}
+
+impl<'a, A: Float> Affine<'a, A> {
+    pub fn new(
+        norm: &Norm,
+        weight: Option<Arg<'a, CpuStorage>>,
+        bias: Option<Arg<'a, CpuStorage>>,
+        any: bool,
+    ) -> Result<Self> {
+        let (g, tokens, offset) = (&norm.geometry, norm.fusion.tokens, A::from64(norm.fusion.weight_offset));
+        let form = Form::of(g, any);
+        let len = match form {
+            Form::Spans(span) => g.width.checked_div(span).unwrap_or(0),
+            _ => norm.params(),
+        };
+        let given = weight.is_some();
+        let convert = |arg: Option<Arg<'a, CpuStorage>>| arg.map(|arg| converted(&arg, len)).transpose();
+        let mut weight = convert(weight)?.unwrap_or_else(|| Cow::Owned(vec![A::ONE; len]));
+        if norm.fusion.weight_offset != 0.0 && given {
+            weight.to_mut().iter_mut().for_each(|w| *w += offset);
+        }
+        let mut bias = convert(bias)?;
+        if form != Form::Columns && bias.is_none() {
+            bias = Some(Cow::Owned(vec![A::ZERO; len]));
+        }
+        Ok(Self { form, weight, bias, tokens })
+    }
+
+    /// Those of the sample that row `row` belongs to.
+    pub fn of_row(&self, row: usize, g: &Geometry) -> Affine<'_, A> {
+        let own = match self.tokens {
+            Some(tokens) => row / tokens * g.params()..(row / tokens + 1) * g.params(),
+            None => 0..self.weight.len(),
+        };
+        let bias = self.bias.as_ref().map(|b| Cow::Borrowed(&b[own.clone()]));
+        Affine { form: self.form, weight: Cow::Borrowed(&self.weight[own]), bias, tokens: None }
+    }
+
+    /// `None` only where every column has its own.
+    pub fn bias(&self) -> Option<&[A]> {
+        self.bias.as_deref()
+    }
+
+    /// Weight and bias of a span or row.
+    #[inline(always)]
+    pub fn at(&self, i: usize) -> [A; 2] {
+        [self.weight[i], self.bias.as_ref().map_or(A::ZERO, |b| b[i])]
+    }
+}

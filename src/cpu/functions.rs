@@ -1,0 +1,216 @@
+//! Activations and their slopes: in vectors of f32, lane by lane of f64.
+//!
+//! A sigmoid's error is that of an exponential, a sum and a quotient, each rounded: at most 3 units in the last
+//! place over all of f32, where it is subnormal, too.
+
+#![allow(clippy::excessive_precision, unsafe_code)]
+
+use super::vector::{Convert, Functions, Simd, Vector};
+use crate::fusion::Activation;
+use candle_core::cpu::erf::erfc_f64;
+
+/// A vector of f32 of a level.
+type F<S> = <S as Simd>::F32;
+
+#[inline(always)]
+fn c<S: Simd>(s: S, x: f32) -> F<S> {
+    F::<S>::splat(s, x)
+}
+
+/// From here on `x e^-x` has long been zero.
+const FAR: f32 = 112.0;
+
+/// `e^x = (1 + t) * b / a`, where `t` lies between -0.3 and 0.42 and `a`, `b` are powers of two: two of them, so that what
+/// they are multiplied with may stay normal until the last. As if x were no further from zero than `FAR`.
+#[inline(always)]
+fn exp_parts<S: Simd>(s: S, x: F<S>) -> [F<S>; 3] {
+    // NaN stays.
+    let x = x.le(c(s, -FAR), c(s, -FAR), x);
+    let x = c(s, FAR).le(x, c(s, FAR), x);
+    // Rounds to an integer: the sum's last bit is worth 1.
+    let magic = c(s, 12_582_912.0);
+    let n = x.fma(c(s, std::f32::consts::LOG2_E), magic) - magic;
+    // ln 2 in two parts; the first has so few bits that the product is exact (Cody and Waite).
+    let r = n.fma(c(s, -0.693_359_375), x);
+    let r = n.fma(c(s, 2.121_944_4e-4), r);
+    // Cephes' expf: a minimax polynomial on [-ln 2 / 2, ln 2 / 2].
+    let q = c(s, 1.987_569_1e-4).fma(r, c(s, 1.398_2e-3));
+    let q = q.fma(r, c(s, 8.333_452e-3));
+    let q = q.fma(r, c(s, 4.166_579_6e-2));
+    let q = q.fma(r, c(s, 1.666_666_5e-1));
+    let q = q.fma(r, c(s, 0.5));
+    let half = magic - n.fma(c(s, 0.5), magic);
+    [(r * r).fma(q, r), half.pow2(), (n + half).pow2()]
+}
+
+/// `v / (1 + e^-x)`, exact where the quotient is small, too; v is x or about as large, or 1.
+#[inline(always)]
+fn times_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>) -> F<S> {
+    let [t, a, b] = exp_parts(s, c(s, 0.0) - x);
+    // Far below it is zero; but of an infinite v NaN.
+    x.le(c(s, -FAR), v * c(s, 0.0), v.div(t.fma(b, a + b)) * a)
+}
+
+#[inline(always)]
+fn sigmoid<S: Simd>(s: S, x: F<S>) -> F<S> {
+    times_sigmoid(s, c(s, 1.0), x)
+}
+
+/// `x * sigmoid(x)`.
+#[inline(always)]
+pub(super) fn silu<S: Simd>(s: S, x: F<S>) -> F<S> {
+    times_sigmoid(s, x, x)
+}
+
+#[inline(always)]
+pub(super) fn silu_slope<S: Simd>(s: S, x: F<S>) -> F<S> {
+    let (one, y) = (c(s, 1.0), sigmoid(s, x));
+    y * (x * (one - y) + one)
+}
+
+/// Twice what GELU's approximation takes the hyperbolic tangent of: `(1 + tanh(u)) / 2 = sigmoid(2 u)`.
+#[inline(always)]
+fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> F<S> {
+    let k = (8.0 / std::f64::consts::PI).sqrt() as f32;
+    x * c(s, k) * (x * x).fma(c(s, 0.044715), c(s, 1.0))
+}
+
+/// `f` of each lane in f64.
+macro_rules! by_lane {
+    ($s:expr, $z:expr, $f:expr) => {{
+        let mut lanes = [0f32; 16];
+        // SAFETY: no level has more lanes.
+        unsafe {
+            Convert::<S, f32, f32>::store($z, lanes.as_mut_ptr(), false);
+            lanes.iter_mut().take(<F<S> as Vector<S, f32>>::W).for_each(|z| *z = $f(*z as f64) as f32);
+            <F<S> as Convert<S, f32, f32>>::load($s, lanes.as_ptr())
+        }
+    }};
+}
+
+/// `activation(z)`.
+#[inline(always)]
+pub(super) fn value<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
+    let zero = c(s, 0.0);
+    match activation {
+        Activation::Relu => z.le(zero, zero, z),
+        Activation::Relu6 => c(s, 6.0).le(z, c(s, 6.0), z.le(zero, zero, z)),
+        Activation::LeakyRelu(slope) => z.le(zero, z * c(s, slope as f32), z),
+        Activation::Silu => silu(s, z),
+        Activation::Sigmoid => sigmoid(s, z),
+        Activation::HardSwish => {
+            let between = z * (z + c(s, 3.0)).div(c(s, 6.0));
+            c(s, 3.0).le(z, z, z.le(c(s, -3.0), zero, between))
+        }
+        Activation::Gelu => by_lane!(s, z, |z| value_f64(Activation::Gelu, z)),
+        Activation::GeluTanh => times_sigmoid(s, z, gelu_twice_u(s, z)),
+    }
+}
+
+/// The activation's derivative at `z`; at corners PyTorch's.
+#[inline(always)]
+pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
+    let (zero, one) = (c(s, 0.0), c(s, 1.0));
+    match activation {
+        Activation::Relu => z.le(zero, zero, one),
+        Activation::Relu6 => c(s, 6.0).le(z, zero, z.le(zero, zero, one)),
+        Activation::LeakyRelu(slope) => z.le(zero, c(s, slope as f32), one),
+        Activation::Silu => silu_slope(s, z),
+        Activation::Sigmoid => {
+            let y = sigmoid(s, z);
+            y * (one - y)
+        }
+        Activation::HardSwish => {
+            let between = z.div(c(s, 3.0)) + c(s, 0.5);
+            c(s, 3.0).le(z, one, z.le(c(s, -3.0), zero, between))
+        }
+        Activation::Gelu => by_lane!(s, z, |z| slope_f64(Activation::Gelu, z)),
+        Activation::GeluTanh => {
+            let twice_u = gelu_twice_u(s, z);
+            let y = sigmoid(s, twice_u);
+            let k = (8.0 / std::f64::consts::PI).sqrt() as f32;
+            let inner = c(s, k) * (z * z).fma(c(s, 3.0 * 0.044715), one);
+            // Where the sigmoid is 1 or 0 the cube may be infinite.
+            let bent = y * sigmoid(s, zero - twice_u);
+            y + bent.le(zero, zero, bent * z * inner)
+        }
+    }
+}
+
+/// `f` of each lane of a vector of f64.
+macro_rules! by_lane_f64 {
+    ($s:expr, $z:expr, $f:expr) => {{
+        let mut lanes = [0f64; 8];
+        // SAFETY: no level has more lanes.
+        unsafe {
+            Convert::<S, f64, f64>::store($z, lanes.as_mut_ptr(), false);
+            lanes.iter_mut().take(<S::F64 as Vector<S, f64>>::W).for_each(|z| *z = $f(*z));
+            <S::F64 as Convert<S, f64, f64>>::load($s, lanes.as_ptr())
+        }
+    }};
+}
+
+/// `activation(z)`.
+#[inline(always)]
+pub(super) fn values_f64<S: Simd>(s: S, activation: Activation, z: S::F64) -> S::F64 {
+    by_lane_f64!(s, z, |z| value_f64(activation, z))
+}
+
+/// The activation's derivative.
+#[inline(always)]
+pub(super) fn slopes_f64<S: Simd>(s: S, activation: Activation, z: S::F64) -> S::F64 {
+    by_lane_f64!(s, z, |z| slope_f64(activation, z))
+}
+
+/// `activation(z)` in f64, by the standard library.
+pub(super) fn value_f64(activation: Activation, z: f64) -> f64 {
+    let sigmoid = |x: f64| match x < 0.0 {
+        true => x.exp() / (1.0 + x.exp()),
+        false => 1.0 / (1.0 + (-x).exp()),
+    };
+    match activation {
+        Activation::Relu if z <= 0.0 => 0.0,
+        Activation::Relu => z,
+        Activation::Relu6 if z <= 0.0 => 0.0,
+        Activation::Relu6 if z >= 6.0 => 6.0,
+        Activation::Relu6 => z,
+        Activation::LeakyRelu(slope) if z <= 0.0 => z * slope,
+        Activation::LeakyRelu(_) => z,
+        Activation::Silu => z * sigmoid(z),
+        Activation::Sigmoid => sigmoid(z),
+        Activation::HardSwish if z <= -3.0 => 0.0,
+        Activation::HardSwish if z >= 3.0 => z,
+        Activation::HardSwish => z * (z + 3.0) / 6.0,
+        // The complement keeps its digits where 1 + erf would lose them.
+        Activation::Gelu => 0.5 * z * erfc_f64(-z * std::f64::consts::FRAC_1_SQRT_2),
+        Activation::GeluTanh => z * sigmoid((8.0 / std::f64::consts::PI).sqrt() * (z + 0.044715 * z * z * z)),
+    }
+}
+
+/// The activation's derivative in f64.
+pub(super) fn slope_f64(activation: Activation, z: f64) -> f64 {
+    let sigmoid = |x| value_f64(Activation::Sigmoid, x);
+    match activation {
+        Activation::Relu => (z > 0.0 || z.is_nan()) as u8 as f64,
+        Activation::Relu6 => ((z > 0.0 && z < 6.0) || z.is_nan()) as u8 as f64,
+        Activation::LeakyRelu(slope) if z <= 0.0 => slope,
+        Activation::LeakyRelu(_) => 1.0,
+        Activation::Silu => sigmoid(z) * (1.0 + z * (1.0 - sigmoid(z))),
+        Activation::Sigmoid => sigmoid(z) * (1.0 - sigmoid(z)),
+        Activation::HardSwish if z <= -3.0 => 0.0,
+        Activation::HardSwish if z >= 3.0 => 1.0,
+        Activation::HardSwish => z / 3.0 + 0.5,
+        Activation::Gelu => {
+            let density = (-0.5 * z * z).exp() * (0.5 / std::f64::consts::PI).sqrt();
+            let bent = if density == 0.0 { 0.0 } else { z * density };
+            0.5 * erfc_f64(-z * std::f64::consts::FRAC_1_SQRT_2) + bent
+        }
+        Activation::GeluTanh => {
+            let k = (8.0 / std::f64::consts::PI).sqrt();
+            let y = sigmoid(k * (z + 0.044715 * z * z * z));
+            let bent = y * (1.0 - y);
+            let bent = if bent == 0.0 { 0.0 } else { bent * z * k * (1.0 + 3.0 * 0.044715 * z * z) };
+            y + bent
+        }
+    }
+}

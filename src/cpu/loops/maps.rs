@@ -1,0 +1,277 @@
+//! Maps, which write each element once, and ask for what is `ahead` of what they read.
+#![allow(unsafe_code)]
+
+use super::sums::splat;
+use super::{each_vector, get, pairwise, put};
+use crate::cpu::element::{Element, Walked, V};
+use crate::cpu::vector::{Simd, Vector};
+use crate::cpu::view::{Block, To};
+
+/// The constants of row `r`, where `per_row` belong to each: all of them where there are no more.
+#[inline(always)]
+fn of_row<C>(constants: &[C], per_row: usize, r: usize) -> &[C] {
+    match constants.len() == per_row {
+        true => constants,
+        false => &constants[r * per_row..(r + 1) * per_row],
+    }
+}
+
+#[inline(always)]
+pub(super) fn scale_runs<S: Simd, T: Walked>(
+    s: S,
+    x: Block<T>,
+    mut y: To<T>,
+    run: usize,
+    constants: &[[T::Acc; 3]],
+    ahead: usize,
+) {
+    let w = V::<S, T>::W;
+    let runs = x.n / run;
+    assert!(y.n == x.n && y.rows == x.rows && runs * run == x.n);
+    for r in 0..x.rows {
+        let (mut x, mut y_row) = (x.row(r), y.row(r));
+        for c in of_row(constants, runs, r) {
+            let [high, scale, bias] = c.map(|c| splat::<S, T>(s, c));
+            let past = y.past(y_row);
+            // SAFETY: the runs lie within the blocks' rows, by the assertion.
+            unsafe {
+                pairwise!(
+                    w,
+                    run,
+                    |at| {
+                        let p = x.add(at);
+                        let [a, b] = T::load_pair(s, p);
+                        let pair = [(a - high).fma(scale, bias), (b - high).fma(scale, bias)];
+                        T::store_pair::<S>(pair, y_row.add(at), past);
+                        s.prefetch(p.wrapping_add(ahead));
+                        s.prefetch(p.wrapping_add(ahead + w));
+                    },
+                    |at, k| {
+                        let v = get::<S, T>(s, x.add(at), k);
+                        put::<S, T>((v - high).fma(scale, bias), y_row.add(at), k, past);
+                        s.prefetch(x.wrapping_add(at + ahead));
+                    }
+                );
+                (x, y_row) = (x.add(run), y_row.add(run));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn scale_columns<S: Simd, T: Walked>(
+    s: S,
+    x: Block<T>,
+    mut y: To<T>,
+    weight: &[T::Acc],
+    bias: Option<&[T::Acc]>,
+    constants: &[[T::Acc; 3]],
+    ahead: usize,
+) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(y.n == n && y.rows == x.rows && weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
+    let weight = weight.as_ptr();
+    for r in 0..x.rows {
+        let (x, y_row) = (x.row(r), y.row(r));
+        let past = y.past(y_row);
+        let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
+        // SAFETY: all places are below `n`, which all have.
+        unsafe {
+            match bias {
+                Some(bias) => {
+                    let bias = bias.as_ptr();
+                    each_vector!(w, n, |at, k| {
+                        let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
+                        let (w, b) =
+                            (get::<S, T::Acc>(s, weight.add(at), k), get::<S, T::Acc>(s, bias.add(at), k));
+                        put::<S, T>(xhat.fma(w, b), y_row.add(at), k, past);
+                        s.prefetch(x.wrapping_add(at + ahead));
+                    })
+                }
+                None => each_vector!(w, n, |at, k| {
+                    let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
+                    put::<S, T>(xhat * get::<S, T::Acc>(s, weight.add(at), k), y_row.add(at), k, past);
+                    s.prefetch(x.wrapping_add(at + ahead));
+                }),
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn scale_each<S: Simd, T: Walked>(
+    s: S,
+    x: Block<T>,
+    mut y: To<T>,
+    constants: [&[T::Acc]; 3],
+    rows: Option<[&[T::Acc]; 2]>,
+) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(y.n == n && y.rows == x.rows && constants.iter().all(|c| c.len() >= n));
+    let [high, scale, bias] = constants.map(|c| c.as_ptr());
+    for r in 0..x.rows {
+        let (x, y_row) = (x.row(r), y.row(r));
+        let past = y.past(y_row);
+        // SAFETY: all places are below `n`, which all have.
+        unsafe {
+            macro_rules! each {
+                (|$v:ident| $finished:expr) => {
+                    each_vector!(w, n, |at, k| {
+                        let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                        let scale = get::<S, T::Acc>(s, scale.add(at), k);
+                        let $v = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
+                        put::<S, T>($finished, y_row.add(at), k, past);
+                    })
+                };
+            }
+            match rows {
+                None => each!(|v| v),
+                Some([weight, bias]) => {
+                    let (weight, bias) = (splat::<S, T>(s, weight[r]), splat::<S, T>(s, bias[r]));
+                    each!(|v| v.fma(weight, bias))
+                }
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn gradient_runs<S: Simd, T: Walked>(
+    s: S,
+    x: Block<T>,
+    dy: Block<T>,
+    mut dx: To<T>,
+    run: usize,
+    constants: &[[T::Acc; 4]],
+    ahead: usize,
+) {
+    let w = V::<S, T>::W;
+    let runs = x.n / run;
+    assert!(dy.n == x.n && dy.rows == x.rows && dx.n == x.n && dx.rows == x.rows && runs * run == x.n);
+    for r in 0..x.rows {
+        let (mut x, mut dy, mut dx_row) = (x.row(r), dy.row(r), dx.row(r));
+        for c in of_row(constants, runs, r) {
+            let [high, x_scale, shift, weight] = c.map(|c| splat::<S, T>(s, c));
+            let past = dx.past(dx_row);
+            // SAFETY: the runs lie within the blocks' rows, by the assertion.
+            unsafe {
+                pairwise!(
+                    w,
+                    run,
+                    |at| {
+                        let (px, pdy) = (x.add(at), dy.add(at));
+                        let ([xa, xb], [a, b]) = (T::load_pair(s, px), T::load_pair(s, pdy));
+                        let a = a.fma(weight, (xa - high).fma(x_scale, shift));
+                        let b = b.fma(weight, (xb - high).fma(x_scale, shift));
+                        T::store_pair::<S>([a, b], dx_row.add(at), past);
+                        s.prefetch(px.wrapping_add(ahead));
+                        s.prefetch(px.wrapping_add(ahead + w));
+                        s.prefetch(pdy.wrapping_add(ahead));
+                        s.prefetch(pdy.wrapping_add(ahead + w));
+                    },
+                    |at, k| {
+                        let line = (get::<S, T>(s, x.add(at), k) - high).fma(x_scale, shift);
+                        let dy = get::<S, T>(s, dy.add(at), k);
+                        put::<S, T>(dy.fma(weight, line), dx_row.add(at), k, past);
+                    }
+                );
+                (x, dy, dx_row) = (x.add(run), dy.add(run), dx_row.add(run));
+            }
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn gradient_columns<S: Simd, T: Walked>(
+    s: S,
+    x: Block<T>,
+    dy: Block<T>,
+    mut dx: To<T>,
+    weight: &[T::Acc],
+    constants: &[[T::Acc; 4]],
+    ahead: usize,
+) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(dy.n == n && dy.rows == x.rows && dx.n == n && dx.rows == x.rows && weight.len() >= n);
+    let weight = weight.as_ptr();
+    for r in 0..x.rows {
+        let (x, dy, dx_row) = (x.row(r), dy.row(r), dx.row(r));
+        let past = dx.past(dx_row);
+        let [high, x_scale, shift, rstd] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
+        // SAFETY: all places are below `n`, which all have.
+        unsafe {
+            each_vector!(w, n, |at, k| {
+                let (d, dy_at) = (get::<S, T>(s, x.add(at), k) - high, get::<S, T>(s, dy.add(at), k));
+                let weight = get::<S, T::Acc>(s, weight.add(at), k);
+                let v = (dy_at * rstd).fma(weight, d.fma(x_scale, shift));
+                put::<S, T>(v, dx_row.add(at), k, past);
+                s.prefetch(x.wrapping_add(at + ahead));
+                s.prefetch(dy.wrapping_add(at + ahead));
+            })
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn gradient_each<S: Simd, T: Walked>(
+    s: S,
+    x: Block<T>,
+    dy: Block<T>,
+    mut dx: To<T>,
+    constants: [&[T::Acc]; 4],
+    weight: Option<&[T::Acc]>,
+) {
+    use crate::cpu::element::Float;
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(dy.n == n && dy.rows == x.rows && dx.n == n && dx.rows == x.rows);
+    assert!(constants.iter().all(|c| c.len() >= n));
+    let [high, x_scale, shift, scale] = constants.map(|c| c.as_ptr());
+    for r in 0..x.rows {
+        let (x, dy, dx_row) = (x.row(r), dy.row(r), dx.row(r));
+        let past = dx.past(dx_row);
+        let weight = splat::<S, T>(s, weight.map_or(T::Acc::ONE, |w| w[r]));
+        // SAFETY: all places are below `n`, which all have.
+        unsafe {
+            each_vector!(w, n, |at, k| {
+                let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                let x_scale = get::<S, T::Acc>(s, x_scale.add(at), k);
+                let line = d.fma(x_scale, get::<S, T::Acc>(s, shift.add(at), k));
+                let g = get::<S, T>(s, dy.add(at), k) * weight;
+                let v = g.fma(get::<S, T::Acc>(s, scale.add(at), k), line);
+                put::<S, T>(v, dx_row.add(at), k, past);
+            })
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn widen<S: Simd, T: Element>(s: S, x: Block<T>, y: &mut [T::Acc]) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(y.len() >= x.rows * n);
+    for r in 0..x.rows {
+        let p = x.row(r);
+        // SAFETY: all places are below `n`, which the row and its place in y have.
+        unsafe {
+            let y = y.as_mut_ptr().add(r * n);
+            each_vector!(w, n, |at, k| {
+                put::<S, T::Acc>(get::<S, T>(s, p.add(at), k), y.add(at), k, false);
+            })
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Block<T::Acc>, mut y: To<T>) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(y.n == n && y.rows == x.rows);
+    for r in 0..x.rows {
+        let (p, y_row) = (x.row(r), y.row(r));
+        let past = y.past(y_row);
+        // SAFETY: all places are below `n`, which both have.
+        unsafe {
+            each_vector!(w, n, |at, k| {
+                put::<S, T>(get::<S, T::Acc>(s, p.add(at), k), y_row.add(at), k, past);
+            })
+        }
+    }
+}

@@ -1,0 +1,175 @@
+//! How an op runs: which walk, over which tiles, and whether its output goes past the caches.
+//!
+//! Pure: from shape, element size and what is asked for alone. Apart, because every such choice is made here,
+//! and can be read and tested as a table.
+
+use super::affine::Form;
+use super::tile::{by_columns, Cut};
+use crate::geometry::Geometry;
+use std::sync::OnceLock;
+
+/// The way through a tile (`walks/`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(super) enum Walk {
+    /// Set after set, each a single run: layer, RMS, group and instance norm.
+    Runs,
+    /// Set after set, each of several rows, or several to a row with a weight for each column.
+    Sets,
+    /// Row after row, the sets side by side: batch norm over small images, and known statistics.
+    Rows,
+    /// Row after row, every column summed for itself: channels-last, and weights by row.
+    Columns,
+}
+
+/// One pass over a tensor.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Visit {
+    pub walk: Walk,
+    pub cut: Cut,
+}
+
+/// Where a pass takes the statistics from, or the backward's means.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum From {
+    /// The tile, which holds whole sets.
+    Tile,
+    /// The caller, or the pass before.
+    Given,
+}
+
+/// Elements of a run up to which sets are walked side by side: less than a page.
+const SHORT: usize = 512;
+
+impl Visit {
+    fn new(g: &Geometry, form: Form, cut: Cut, from: From, backward: bool) -> Visit {
+        // Sets one behind the other, without gaps.
+        let single = g.rows == 1 && cut.whole_runs() && (form != Form::Columns || g.run == g.width);
+        // Several sets to a tile, of several rows, and one parameter each.
+        let side_by_side = g.outer == 1 && g.rows > 1 && g.run <= SHORT && g.one_param_per_set();
+        let spans = matches!(form, Form::Spans(_));
+        let walk = match from {
+            _ if by_columns(g) => Walk::Columns,
+            From::Tile if side_by_side => Walk::Rows,
+            From::Given if spans => Walk::Rows,
+            // A set's sums are by span in the backward.
+            _ if single && !(backward && spans) => Walk::Runs,
+            _ => Walk::Sets,
+        };
+        Visit { walk, cut }
+    }
+
+    /// The walk over the same tiles that makes z of known statistics.
+    pub fn back_to_z(&self, g: &Geometry, form: Form) -> Walk {
+        Visit::new(g, form, self.cut.clone(), From::Given, false).walk
+    }
+
+    /// Sums of sets that are cut.
+    fn sums(g: &Geometry, cut: Cut) -> Visit {
+        Visit { walk: if by_columns(g) { Walk::Columns } else { Walk::Sets }, cut }
+    }
+}
+
+/// A forward: the statistics first, where sets are cut; then y.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Forward {
+    pub sums: Option<Visit>,
+    pub y: Visit,
+    pub from: From,
+}
+
+impl Forward {
+    /// `bytes` of an element of x; `given`: the statistics are known.
+    pub fn new(g: &Geometry, form: Form, bytes: usize, given: bool) -> Forward {
+        let cut = Cut::new(g, bytes);
+        if !given && cut.whole_sets() {
+            return Forward { sums: None, y: Visit::new(g, form, cut, From::Tile, false), from: From::Tile };
+        }
+        let sums = (!given).then(|| Visit::sums(g, cut));
+        let y = Visit::new(g, form, Cut::sweep(g, bytes), From::Given, false);
+        Forward { sums, y, from: From::Given }
+    }
+
+    /// The statistics alone.
+    pub fn statistics(g: &Geometry, bytes: usize) -> Visit {
+        Visit::sums(g, Cut::new(g, bytes))
+    }
+}
+
+/// A backward: the sums of sets that are cut; then dx. One of the two makes the parameters' gradients.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Backward {
+    pub sums: Option<Visit>,
+    pub dx: Option<Visit>,
+    /// Where dx takes its means from; `None`: the statistics did not depend on x, there are none.
+    pub means: Option<From>,
+}
+
+/// What a backward is asked for.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Asked {
+    pub dx: bool,
+    pub params: bool,
+    /// The statistics did not depend on x.
+    pub fixed: bool,
+}
+
+impl Backward {
+    /// `bytes` of an element of x and of dy.
+    pub fn new(g: &Geometry, form: Form, bytes: usize, asked: Asked) -> Backward {
+        let spans = matches!(form, Form::Spans(_));
+        let visit = |cut, from| Some(Visit::new(g, form, cut, from, true));
+        let sweep = || Cut::sweep(g, bytes);
+        if !asked.dx && !asked.params {
+            return Backward { sums: None, dx: None, means: None };
+        }
+        if !asked.dx && spans {
+            return Backward { sums: Some(Backward::param_sums(g, bytes)), dx: None, means: None };
+        }
+        if !asked.dx || asked.fixed {
+            return Backward { sums: None, dx: visit(sweep(), From::Given), means: None };
+        }
+        let cut = Cut::new(g, bytes).with_tall_tiles(asked.params && form == Form::Columns);
+        if cut.whole_sets() {
+            return Backward { sums: None, dx: visit(cut, From::Tile), means: Some(From::Tile) };
+        }
+        let dx = if form == Form::Columns { cut.columns_first() } else { sweep() };
+        let sums = Some(Visit::sums(g, cut));
+        Backward { sums, dx: visit(dx, From::Given), means: Some(From::Given) }
+    }
+
+    /// dx alone, from known means.
+    pub fn from_means(g: &Geometry, form: Form, bytes: usize) -> Backward {
+        let dx = Some(Visit::new(g, form, Cut::sweep(g, bytes), From::Given, true));
+        Backward { sums: None, dx, means: Some(From::Given) }
+    }
+
+    /// Gradients of the parameters alone.
+    pub fn param_sums(g: &Geometry, bytes: usize) -> Visit {
+        Visit::sums(g, Cut::new(g, bytes))
+    }
+}
+
+/// Bytes of a run from which it is written past the caches: short ones alternate too often with reads that
+/// miss the caches. A line that two stores share, of which one goes through the caches, would cost more than is
+/// saved; hence the 16 bytes.
+const PAST_RUN: usize = 2048;
+
+/// Whether an output is written past the caches.
+pub(super) fn past_caches(g: &Geometry, bytes: usize) -> bool {
+    let run = g.run * bytes;
+    run.is_multiple_of(16) && run >= PAST_RUN && g.elements() * bytes > past_from()
+}
+
+/// Bytes of an output that is written past the caches: three quarters of the last-level cache, which will not
+/// keep it for whoever reads it next. 24 MiB where the system does not tell.
+fn past_from() -> usize {
+    if cfg!(test) {
+        return 256 << 10; // within reach of tests
+    }
+    static BYTES: OnceLock<usize> = OnceLock::new();
+    *BYTES.get_or_init(|| {
+        let cache = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").ok();
+        let kib = cache.and_then(|size| size.trim().strip_suffix('K')?.parse::<usize>().ok());
+        kib.unwrap_or(32 << 10) * 1024 / 4 * 3
+    })
+}

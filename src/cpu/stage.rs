@@ -1,0 +1,376 @@
+//! What stands between a tensor and a walk: nothing, or a thread's scratch in which a tile lies in the accumulation
+//! type, with all that is fused into the norm done to it.
+//!
+//! Apart from walks and loops, which know of no fusion: a tile comes in staged, and goes out staged. f16 has no walks
+//! of its own and is staged, too.
+#![allow(unsafe_code)]
+
+use super::element::{Element, Float, Walked};
+use super::level::Level;
+use super::tile::Tile;
+use super::view::{same, same_mut, Block, InTile, OutTile};
+use crate::fusion::Activation;
+use crate::geometry::Geometry;
+use crate::request::Blocks;
+
+/// Elements of a strip, on which all that is fused is done in turn: few enough for the first-level cache.
+const STRIP: usize = 1024;
+/// Elements of a piece of a tile, of several sets.
+const PIECE: usize = 8192;
+
+/// A thread's scratch for a tile.
+pub(super) struct Room<T: Element> {
+    wide: Vec<T::Acc>,
+    /// Of a strip.
+    other: Vec<T::Acc>,
+    gathered: Vec<T>,
+}
+
+impl<T: Element> Room<T> {
+    fn new() -> Self {
+        Room { wide: vec![], other: vec![], gathered: vec![] }
+    }
+}
+
+/// A thread's scratch.
+pub(super) struct Scratch<T: Element> {
+    pub x: Room<T>,
+    pub dy: Room<T>,
+    pub z: Room<T>,
+    pub out: Room<T>,
+}
+
+impl<T: Element> Scratch<T> {
+    pub fn new() -> Self {
+        Scratch { x: Room::new(), dy: Room::new(), z: Room::new(), out: Room::new() }
+    }
+}
+
+/// `n` elements of scratch.
+fn room<A: Float>(scratch: &mut Vec<A>, n: usize) -> &mut [A] {
+    if scratch.len() < n {
+        scratch.resize(n, A::ZERO);
+    }
+    &mut scratch[..n]
+}
+
+/// Scratch as a tile of what is walked.
+fn staged<'a, A: Float, W: Walked<Acc = A>>(wide: &'a [A], tile: &'a Tile) -> InTile<'a, W> {
+    match same::<A, W>(wide) {
+        Some(wide) => InTile::alone(wide, tile),
+        None => unreachable!("staged in another type than is walked"),
+    }
+}
+
+/// Sets of a tile that are staged at a time: whole rows of one sample where a row is a set, else all of it.
+pub(super) fn pieces(g: &Geometry, tile: &Tile, tokens: Option<usize>, any: bool) -> Vec<Tile> {
+    if g.rows > 1 || !(any || tokens.is_some()) {
+        return vec![tile.clone()];
+    }
+    let most = if any { (PIECE / tile.columns.len()).max(1) } else { tile.rows.len() };
+    let tokens = tokens.unwrap_or(usize::MAX);
+    let mut pieces = vec![];
+    let mut row = tile.rows.start;
+    while row < tile.rows.end {
+        let end = tile.rows.end.min(row + most).min((row / tokens + 1).saturating_mul(tokens));
+        pieces.push(Tile { rows: row..end, columns: tile.columns.clone() });
+        row = end;
+    }
+    pieces
+}
+
+/// Rows of a tile in strips, each with its place in scratch that holds the tile alone.
+fn strips(tile: &Tile) -> impl Iterator<Item = (Tile, usize)> + '_ {
+    let n = tile.columns.len();
+    tile.rows.clone().enumerate().flat_map(move |(r, row)| {
+        tile.columns.clone().step_by(STRIP).map(move |c| {
+            let columns = c..(c + STRIP).min(tile.columns.end);
+            let at = r * n + (c - tile.columns.start);
+            (Tile { rows: row..row + 1, columns }, at)
+        })
+    })
+}
+
+/// A tensor's elements.
+#[derive(Clone, Copy)]
+pub(super) struct Tensor<'a, T> {
+    pub level: Level,
+    pub x: &'a [T],
+    pub width: usize,
+}
+
+impl<'a, T: Element> Tensor<'a, T> {
+    /// A tile as a walk over `W` reads it.
+    pub fn read<'s, W: Walked<Acc = T::Acc>>(
+        &self,
+        tile: &'s Tile,
+        Room { wide, .. }: &'s mut Room<T>,
+    ) -> InTile<'s, W>
+    where
+        'a: 's,
+    {
+        if let Some(x) = same::<T, W>(self.x) {
+            return InTile::new(x, self.width, tile);
+        }
+        let wide = room(wide, tile.rows.len() * tile.columns.len());
+        self.widen(tile, wide);
+        staged(wide, tile)
+    }
+
+    fn tile<'s>(&self, tile: &'s Tile) -> InTile<'s, T>
+    where
+        'a: 's,
+    {
+        InTile::new(self.x, self.width, tile)
+    }
+
+    fn widen(&self, tile: &Tile, wide: &mut [T::Acc]) {
+        T::conversions(self.level).widen(InTile::new(self.x, self.width, tile).whole(), wide)
+    }
+}
+
+/// x or dy, as walks read it.
+#[derive(Clone, Copy)]
+pub(super) struct Source<'a, T> {
+    pub tensor: Tensor<'a, T>,
+    /// Where its rows lie, if not one behind the other.
+    pub blocks: Option<Blocks>,
+    /// `x * silu(gate)` is what is read.
+    pub gate: Option<Tensor<'a, T>>,
+}
+
+impl<'a, T: Element> Source<'a, T> {
+    /// As it lies.
+    pub fn plain(level: Level, x: &'a [T], g: &Geometry) -> Self {
+        Source { tensor: Tensor { level, x, width: g.width }, blocks: None, gate: None }
+    }
+
+    /// Whether walks over `W` read scratch.
+    pub fn staged<W: 'static>(&self) -> bool {
+        self.blocks.is_some() || self.gate.is_some() || same::<T, W>(&[]).is_none()
+    }
+
+    /// A tile as a walk over `W` reads it.
+    pub fn read<'s, W: Walked<Acc = T::Acc>>(
+        &'s self,
+        tile: &'s Tile,
+        Room { wide, other, gathered }: &'s mut Room<T>,
+    ) -> InTile<'s, W>
+    where
+        'a: 's,
+    {
+        let (level, x) = (self.tensor.level, self.raw(tile, gathered));
+        if let (Some(x), None) = (x.same::<W>(), &self.gate) {
+            return x;
+        }
+        let wide = room(wide, tile.rows.len() * tile.columns.len());
+        T::conversions(level).widen(x.whole(), wide);
+        if let Some(gate) = &self.gate {
+            for (strip, at) in strips(tile) {
+                let n = strip.columns.len();
+                let other = room(other, n);
+                gate.widen(&strip, other);
+                T::Acc::fused(level).gate(&mut wide[at..at + n], other);
+            }
+        }
+        staged(wide, tile)
+    }
+
+    /// Writes a tile of `x + residual`, rounded to the residual's type.
+    pub fn add<R: Element>(
+        &self,
+        residual: &Tensor<R>,
+        tile: &Tile,
+        Room { wide, gathered, .. }: &mut Room<T>,
+        sum: &mut OutTile<R>,
+    ) {
+        let mut other = [R::Acc::ZERO; STRIP];
+        for (strip, _) in strips(tile) {
+            let n = strip.columns.len();
+            let (x, r) = (room(wide, n), &mut other[..n]);
+            T::conversions(self.tensor.level).widen(self.raw(&strip, gathered).whole(), x);
+            residual.widen(&strip, r);
+            match same::<T::Acc, R::Acc>(x) {
+                Some(x) => R::Acc::fused(residual.level).add(r, x),
+                None => r.iter_mut().zip(x).for_each(|(r, x)| *r = R::Acc::from64(r.to64() + x.to64())),
+            }
+            R::conversions(residual.level).narrow(Block::row_of(r), sum.part(&strip).whole());
+        }
+    }
+
+    /// Writes a tile of `x + residual`, and reads that as a walk over `W` does.
+    pub fn read_sum<'s, W: Walked<Acc = T::Acc>>(
+        &self,
+        residual: &Tensor<T>,
+        tile: &'s Tile,
+        scratch: &'s mut Room<T>,
+        sum: &'s mut OutTile<T>,
+    ) -> InTile<'s, W> {
+        self.add(residual, tile, scratch, sum);
+        let Room { wide, .. } = scratch;
+        // SAFETY: it has just been written in full.
+        let sum = unsafe { sum.filled(tile) };
+        if let Some(sum) = sum.same::<W>() {
+            return sum;
+        }
+        let wide = room(wide, tile.rows.len() * tile.columns.len());
+        T::conversions(self.tensor.level).widen(sum.whole(), wide);
+        staged(wide, tile)
+    }
+
+    /// A tile of the tensor itself.
+    fn raw<'s>(&self, tile: &'s Tile, gathered: &'s mut Vec<T>) -> InTile<'s, T>
+    where
+        'a: 's,
+    {
+        let Some(blocks) = &self.blocks else { return self.tensor.tile(tile) };
+        gathered.clear();
+        for row in tile.rows.clone() {
+            let at = blocks.start(row);
+            gathered.extend_from_slice(&self.tensor.x[at + tile.columns.start..at + tile.columns.end]);
+        }
+        InTile::alone(gathered, tile)
+    }
+
+    /// The first element of a set.
+    pub fn first(&self, g: &Geometry, set: usize) -> T::Acc {
+        let (row, column) = (g.first(set) / g.width, g.first(set) % g.width);
+        let tile = Tile { rows: row..row + 1, columns: column..column + 1 };
+        self.read::<T::Acc>(&tile, &mut Room::new()).at(row, column)
+    }
+}
+
+/// What is done behind a norm.
+#[derive(Clone, Copy)]
+pub(super) struct After<'a, T> {
+    pub level: Level,
+    /// Added to z.
+    pub skip: Option<Tensor<'a, T>>,
+    pub activation: Option<Activation>,
+    /// z is multiplied by `silu(gate)`.
+    pub gate: Option<Tensor<'a, T>>,
+}
+
+impl<'a, T: Element> After<'a, T> {
+    pub fn nothing(level: Level) -> Self {
+        After { level, skip: None, activation: None, gate: None }
+    }
+
+    pub fn any(&self) -> bool {
+        self.skip.is_some() || self.activation.is_some() || self.gate.is_some()
+    }
+
+    /// Whether walks over `W` write scratch.
+    pub fn staged<W: 'static>(&self) -> bool {
+        self.any() || same::<T, W>(&[]).is_none()
+    }
+
+    /// Has `walk` write a tile, as a walk over `W` does, and finishes it.
+    pub fn write<W: Walked<Acc = T::Acc>>(
+        &self,
+        mut y: OutTile<T>,
+        Room { wide, other, .. }: &mut Room<T>,
+        walk: impl FnOnce(OutTile<W>),
+    ) {
+        if let (Some(y), false) = (y.same::<W>(), self.any()) {
+            return walk(y);
+        }
+        let tile = y.tile().clone();
+        let wide = room(wide, tile.rows.len() * tile.columns.len());
+        walk_into(wide, &tile, walk);
+        if !self.any() {
+            let block = Block::new(wide, tile.columns.len(), tile.rows.len(), tile.columns.len());
+            return T::conversions(self.level).narrow(block, y.whole());
+        }
+        for (strip, at) in strips(&tile) {
+            let z = &mut wide[at..at + strip.columns.len()];
+            self.add_skip(&strip, z, other);
+            if let Some(activation) = self.activation {
+                T::Acc::fused(self.level).activate(z, activation);
+            }
+            if let Some(gate) = &self.gate {
+                let other = room(other, z.len());
+                gate.widen(&strip, other);
+                T::Acc::fused(self.level).gate(z, other);
+            }
+            T::conversions(self.level).narrow(Block::row_of(z), y.part(&strip).whole());
+        }
+    }
+
+    fn add_skip(&self, strip: &Tile, z: &mut [T::Acc], other: &mut Vec<T::Acc>) {
+        if let Some(skip) = &self.skip {
+            let other = room(other, z.len());
+            skip.widen(strip, other);
+            T::Acc::fused(self.level).add(z, other);
+        }
+    }
+
+    /// The gradient of z, as a walk over `W` reads it, from that of y; `walk` writes z before its skip. Writes the
+    /// gradients of skip and gate.
+    pub fn upstream<'s, W: Walked<Acc = T::Acc>>(
+        &self,
+        dy: Tensor<'_, T>,
+        tile: &'s Tile,
+        [Room { wide, .. }, Room { wide: z, other, .. }]: [&'s mut Room<T>; 2],
+        [mut dskip, mut dgate]: [Option<OutTile<T>>; 2],
+        walk: impl FnOnce(OutTile<W>),
+    ) -> InTile<'s, W> {
+        let len = tile.rows.len() * tile.columns.len();
+        let (wide, z) = (room(wide, len), room(z, len));
+        dy.widen(tile, wide);
+        if self.activation.is_some() || self.gate.is_some() {
+            walk_into(z, tile, walk);
+        }
+        let (fused, conversions) = (T::Acc::fused(self.level), T::conversions(self.level));
+        for (strip, at) in strips(tile) {
+            let (z, dy) = (&mut z[at..at + strip.columns.len()], &mut wide[at..at + strip.columns.len()]);
+            self.add_skip(&strip, z, other);
+            if let Some(gate) = &self.gate {
+                let other = room(other, z.len());
+                gate.widen(&strip, other);
+                fused.gate_gradient(z, other, dy);
+                if let Some(dgate) = &mut dgate {
+                    conversions.narrow(Block::row_of(z), dgate.part(&strip).whole());
+                }
+            }
+            if let Some(activation) = self.activation {
+                fused.slope(z, activation, dy);
+            }
+            if let Some(dskip) = &mut dskip {
+                conversions.narrow(Block::row_of(dy), dskip.part(&strip).whole());
+            }
+        }
+        staged(wide, tile)
+    }
+}
+
+/// Has `walk` write a tile into scratch.
+fn walk_into<A: Float, W: Walked<Acc = A>>(wide: &mut [A], tile: &Tile, walk: impl FnOnce(OutTile<W>)) {
+    match same_mut::<A, W>(wide) {
+        Some(out) => walk(OutTile::alone(out, tile.clone())),
+        None => unreachable!("staged in another type than is walked"),
+    }
+}
+
+/// Has `walk` write the gradient of `x * silu(gate)`, and makes of it those of x and of the gate.
+pub(super) fn gated_gradient<T: Element, W: Walked<Acc = T::Acc>>(
+    x: &Source<T>,
+    gate: &Tensor<T>,
+    [mut dx, dgate]: [OutTile<T>; 2],
+    Room { wide, other, gathered }: &mut Room<T>,
+    walk: impl FnOnce(OutTile<W>),
+) {
+    let (level, tile, mut dgate) = (gate.level, dx.tile().clone(), dgate);
+    let wide = room(wide, tile.rows.len() * tile.columns.len());
+    walk_into(wide, &tile, walk);
+    let conversions = T::conversions(level);
+    for (strip, at) in strips(&tile) {
+        let n = strip.columns.len();
+        let (x_strip, gate_strip) = room(other, 2 * n).split_at_mut(n);
+        conversions.widen(x.raw(&strip, gathered).whole(), x_strip);
+        gate.widen(&strip, gate_strip);
+        T::Acc::fused(level).gate_gradient(x_strip, gate_strip, &mut wide[at..at + n]);
+        conversions.narrow(Block::row_of(x_strip), dgate.part(&strip).whole());
+        conversions.narrow(Block::row_of(&wide[at..at + n]), dx.part(&strip).whole());
+    }
+}

@@ -1,0 +1,107 @@
+//! The functions in vectors against f64: exhaustively by hand, in strides always.
+
+use crate::cpu::element::Float;
+use crate::cpu::functions::{slope_f64, value_f64};
+use crate::cpu::level::Level;
+use crate::fusion::Activation;
+
+const ALL: [Activation; 8] = [
+    Activation::Relu,
+    Activation::Relu6,
+    Activation::LeakyRelu(0.1),
+    Activation::Silu,
+    Activation::Sigmoid,
+    Activation::HardSwish,
+    Activation::Gelu,
+    Activation::GeluTanh,
+];
+
+/// Distance in units in the last place of f32 between a result and what it should be.
+fn ulps(got: f32, exact: f64) -> f64 {
+    let rounded = exact as f32;
+    if got == rounded || got.is_nan() && rounded.is_nan() {
+        return 0.0;
+    }
+    if !got.is_finite() || !rounded.is_finite() {
+        return f64::INFINITY;
+    }
+    let exponent = (exact.abs().log2().floor() as i32).max(-126);
+    (got as f64 - exact).abs() / 2f64.powi(exponent - 23)
+}
+
+/// The worst of `f`'s values over every `step`th f32, and where it is.
+fn worst(step: usize, f: impl Fn(&mut [f32]), exact: impl Fn(f64) -> f64) -> (f64, f32) {
+    let (mut worst, mut at) = (0.0, 0.0);
+    let mut x = Vec::with_capacity(4096);
+    let mut flush = |x: &mut Vec<f32>| {
+        let mut y = x.clone();
+        f(&mut y);
+        for (x, y) in x.drain(..).zip(y) {
+            let error = ulps(y, exact(x as f64));
+            if error > worst {
+                (worst, at) = (error, x);
+            }
+        }
+    };
+    for bits in (0..=u32::MAX).step_by(step) {
+        x.push(f32::from_bits(bits));
+        if x.len() == 4096 {
+            flush(&mut x);
+        }
+    }
+    flush(&mut x);
+    (worst, at)
+}
+
+/// What each may be off by. A sigmoid's `1 + e^-x` and quotient are rounded three times, its exponential is off by
+/// less than one rounding, and a rounding's half unit is a whole one of a significand near 2. In GELU's
+/// approximation the exponent, up to 87 before results are subnormal, is made of six roundings.
+fn limit(activation: Activation) -> f64 {
+    match activation {
+        Activation::GeluTanh => 6.0 * 87.0,
+        Activation::Silu | Activation::Sigmoid | Activation::HardSwish => 3.0,
+        _ => 1.0,
+    }
+}
+
+fn check(step: usize) {
+    for level in Level::available() {
+        for activation in ALL {
+            let f = |z: &mut [f32]| f32::fused(level).activate(z, activation);
+            let (error, at) = worst(step, f, |z| value_f64(activation, z));
+            println!("{activation:?} at {}: {error:.2} ulp at {at:e}", level.name());
+            assert!(error <= limit(activation), "{activation:?} at {}: {error} ulp at {at:e}", level.name());
+        }
+    }
+}
+
+#[test]
+fn activations_of_every_thousandth_f32() {
+    check(997);
+}
+
+#[test]
+#[ignore = "minutes: every f32 at every level"]
+fn activations_of_every_f32() {
+    check(1);
+}
+
+#[test]
+fn slopes_are_those_of_the_values() {
+    for activation in ALL {
+        // Away from corners.
+        for z in (-2000..2000).map(|i| i as f64 * 0.0049 + 0.0013) {
+            let h = 1e-5;
+            let expected = (value_f64(activation, z + h) - value_f64(activation, z - h)) / (2.0 * h);
+            let slope = slope_f64(activation, z);
+            assert!((slope - expected).abs() < 1e-7, "{activation:?} at {z}: {slope} {expected}");
+            for level in Level::available() {
+                let (mut dy, z32) = ([1.0f32; 19], [z as f32; 19]);
+                f32::fused(level).slope(&z32, activation, &mut dy);
+                let exact = slope_f64(activation, z as f32 as f64);
+                let off = dy.iter().map(|dy| (*dy as f64 - exact).abs()).fold(0.0, f64::max);
+                assert!(off < 1e-6, "{activation:?} at {z}, {}: off by {off:e}", level.name());
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The plan as a table, and whether every walk of it runs in these tests.
+
+use super::fused;
+use super::ran;
+use crate::cpu::affine::Form;
+use crate::cpu::level::Level;
+use crate::cpu::loops::{Conversions, Fused, Loops};
+use crate::cpu::plan::{Asked, Backward, Forward, From, Visit, Walk};
+use crate::fusion::{Activation, Fusion, Gate};
+use crate::geometry::{Affine, Geometry};
+use half::bf16;
+
+fn walk(visit: &Option<Visit>) -> Option<Walk> {
+    visit.as_ref().map(|v| v.walk)
+}
+
+/// Norm, `[outer, rows, width, run]`, span (0: by row); the forward's walks (statistics, y), with known
+/// statistics, and the backward's (sums, dx) in training and evaluation.
+type Row = (&'static str, [usize; 4], usize, (Option<Walk>, Walk), Walk, (Option<Walk>, Walk), Walk);
+
+const TABLE: [Row; 12] = {
+    use Walk::{Columns, Rows, Runs, Sets};
+    [
+        ("layer 4096x768", [4096, 1, 768, 768], 1, (None, Runs), Runs, (None, Runs), Runs),
+        (
+            "layer 3x1000000",
+            [3, 1, 1_000_000, 1_000_000],
+            1,
+            (Some(Sets), Sets),
+            Sets,
+            (Some(Sets), Sets),
+            Sets,
+        ),
+        ("layer, leading", [2, 768, 50, 1], 0, (None, Columns), Columns, (None, Columns), Columns),
+        ("group 8x320x32x32", [8, 1, 327_680, 10_240], 1024, (None, Runs), Rows, (None, Sets), Rows),
+        (
+            "group 1x2x3000x100",
+            [1, 1, 600_000, 300_000],
+            150_000,
+            (Some(Sets), Rows),
+            Rows,
+            (Some(Sets), Rows),
+            Rows,
+        ),
+        (
+            "group, channels last",
+            [8, 1024, 320, 10],
+            1,
+            (None, Columns),
+            Columns,
+            (Some(Columns), Columns),
+            Columns,
+        ),
+        ("group, channels last, wide", [2, 64, 320, 80], 1, (None, Sets), Sets, (None, Sets), Sets),
+        ("instance 2x64x64x64", [2, 1, 262_144, 4096], 4096, (None, Runs), Rows, (None, Sets), Rows),
+        ("batch 32x512x7x7", [1, 32, 25_088, 49], 49, (None, Rows), Rows, (None, Rows), Rows),
+        ("batch 16x32x28x28", [1, 16, 25_088, 784], 784, (None, Sets), Rows, (None, Sets), Rows),
+        (
+            "batch 64x3x224x224",
+            [1, 64, 150_528, 50_176],
+            50_176,
+            (Some(Sets), Rows),
+            Rows,
+            (Some(Sets), Rows),
+            Rows,
+        ),
+        (
+            "batch, channels last",
+            [1, 50_000, 64, 1],
+            1,
+            (Some(Columns), Columns),
+            Columns,
+            (Some(Columns), Columns),
+            Columns,
+        ),
+    ]
+};
+
+#[test]
+fn plans_as_a_table() {
+    for (name, [outer, rows, width, run], span, (statistics, y), given, (sums, dx), fixed) in TABLE {
+        let affine = if span == 0 { Affine::Row } else { Affine::Column { span } };
+        let g = Geometry { outer, rows, width, run, affine, center: true };
+        let form = Form::of(&g, true);
+        let plan = Forward::new(&g, form, 4, false);
+        assert_eq!((walk(&plan.sums), plan.y.walk), (statistics, y), "{name}");
+        assert_eq!(plan.from, if statistics.is_some() { From::Given } else { From::Tile }, "{name}");
+        assert!(plan.y.cut.whole_sets() || plan.from == From::Given, "{name}");
+        let plan = Forward::new(&g, form, 4, true);
+        assert_eq!((walk(&plan.sums), plan.y.walk, plan.from), (None, given, From::Given), "{name}");
+        let asked = |fixed| Asked { dx: true, params: true, fixed };
+        let plan = Backward::new(&g, form, 8, asked(false));
+        assert_eq!((walk(&plan.sums), walk(&plan.dx)), (sums, Some(dx)), "{name}");
+        let plan = Backward::new(&g, form, 8, asked(true));
+        assert_eq!((walk(&plan.sums), walk(&plan.dx), plan.means), (None, Some(fixed), None), "{name}");
+    }
+}
+
+/// Fails on a level's walk or loop that no test has reached: one for each type, which has code of its own.
+#[test]
+fn every_walk_and_loop_runs_at_every_level() {
+    let fusion = Fusion { activation: Some(Activation::Silu), ..Fusion::default() };
+    fused::everywhere(Fusion::default(), true);
+    fused::everywhere(fusion, false);
+    fused::everywhere(Fusion { gate: Some(Gate::Before), ..Fusion::default() }, false);
+    let walks = ["forward Runs", "forward Sets", "forward Rows", "forward Columns", "backward Runs"]
+        .into_iter()
+        .chain(["backward Sets", "backward Rows", "backward Columns"])
+        .chain(["moments Sets", "moments Columns", "sums Sets", "sums Columns"]);
+    let loops: Vec<_> = walks.chain(Loops::<f32>::NAMES.iter().copied()).collect();
+    for level in Level::available() {
+        // f64 has no code for the widest.
+        let f64s = if level.name() == "avx512" { "avx2" } else { level.name() };
+        for what in &loops {
+            assert!(ran::has::<f32>(level.name(), what), "{what} of f32 at {}", level.name());
+            assert!(ran::has::<bf16>(level.name(), what), "{what} of bf16 at {}", level.name());
+            assert!(ran::has::<f64>(f64s, what), "{what} of f64 at {f64s}");
+        }
+        for what in Conversions::<f32>::NAMES {
+            assert!(ran::has::<half::f16>(level.name(), what), "{what} of f16 at {}", level.name());
+            assert!(ran::has::<bf16>(level.name(), what), "{what} of bf16 at {}", level.name());
+        }
+        for what in Fused::<f32>::NAMES {
+            assert!(ran::has::<f32>(level.name(), what), "{what} of f32 at {}", level.name());
+            assert!(ran::has::<f64>(f64s, what), "{what} of f64 at {f64s}");
+        }
+    }
+}

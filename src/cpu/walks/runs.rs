@@ -1,0 +1,141 @@
+//! Sets of one run each, one behind the other without gaps: layer, RMS, group and instance norm.
+//!
+//! Short ones are taken some at a time: else the latency of a set's last sums, of its root and its division would
+//! be longer than the work on its elements.
+
+use super::{sets, spans};
+use crate::cpu::affine::Form;
+use crate::cpu::element::{Float, Walked};
+use crate::cpu::gradient::{InputGradient, MeansFrom};
+use crate::cpu::kernel::{pivot, Backward, Forward, Part};
+use crate::cpu::moments::{Source, Stat};
+use crate::geometry::Geometry;
+
+/// Bytes up to which a set is short.
+const SHORT: usize = 1024;
+/// Bytes that are taken at a time, of x.
+const AT_A_TIME: usize = 8 << 10;
+/// Sets that are taken at a time, at most.
+const MOST: usize = 16;
+/// Longer sets whose sums of columns are made together.
+const ABREAST: usize = 4;
+
+/// Sets at a time, of `bytes`.
+fn step(bytes: usize, long: usize) -> usize {
+    match bytes <= SHORT {
+        true => (AT_A_TIME / bytes / ABREAST * ABREAST).clamp(ABREAST, MOST),
+        false => long,
+    }
+}
+
+/// Row and column of a set's first element.
+fn place(g: &Geometry, set: usize) -> [usize; 2] {
+    [set / g.sets_per_outer(), set % g.sets_per_outer() * g.run]
+}
+
+fn part(g: &Geometry, set: usize) -> Part {
+    let [row, column] = place(g, set);
+    Part { set, rows: row..row + 1, columns: column..column + g.run }
+}
+
+pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
+    let (g, n, sets) = (k.g, k.g.run, k.tile.sets(k.g));
+    let short = n * size_of::<T>() <= SHORT;
+    let step = step(n * size_of::<T>(), 1);
+    let mut stats = [Stat::ZERO; MOST];
+    let mut constants = vec![];
+    for set in sets.clone().step_by(step) {
+        let at = place(g, set);
+        let x = k.x.block(at, n, step.min(sets.end - set), n);
+        let stats = &mut stats[..x.rows];
+        match &k.stats {
+            Source::Given(given) => stats.iter_mut().enumerate().for_each(|(i, s)| *s = given.of(set + i)),
+            Source::Tile(_) if short => k.loops.short_moments(x, g.center, stats),
+            Source::Tile(_) => {
+                for (i, stat) in stats.iter_mut().enumerate() {
+                    let pivot = pivot(g, &k.x, place(g, set + i)[0], place(g, set + i)[1]);
+                    *stat = Stat::of(pivot, part(g, set + i).moments(k.loops, &k.x, pivot));
+                }
+            }
+        }
+        constants.clear();
+        for (i, stat) in stats.iter().enumerate() {
+            k.stats.keep(set - sets.start + i, *stat);
+            let rstd = stat.rstd(k.eps);
+            match k.affine.form {
+                Form::Spans(span) => {
+                    let first = (set + i) % g.sets_per_outer() * (n / span);
+                    let params = first..first + n / span;
+                    constants.extend(params.map(|p| spans::constants(k.affine, p, *stat, rstd)));
+                }
+                _ => constants.push([stat.high, rstd, -(stat.low * rstd)]),
+            }
+        }
+        let y = k.y.block(at, n, x.rows, n);
+        match k.affine.form {
+            Form::Spans(span) => k.loops.scale_runs(x, y, span, &constants, step * n),
+            _ => k.loops.scale_columns(x, y, &k.affine.weight, k.affine.bias(), &constants, step * n),
+        }
+    }
+}
+
+/// With weights by column: the sums of a few sets, then their dx, then the sums of columns.
+pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
+    let input = k.input;
+    let (g, n, sets, loops) = (input.g, input.g.run, input.tile.sets(input.g), input.loops);
+    let short = n * size_of::<T>() <= SHORT;
+    let step = step(n * size_of::<T>(), ABREAST);
+    let abreast = short && matches!(k.means, MeansFrom::Tile);
+    let weight = &input.affine.weight;
+    let mut gradients = [InputGradient::ZERO; MOST];
+    let mut constants = [[T::Acc::ZERO; 4]; MOST];
+    for set in sets.clone().step_by(step) {
+        let at = place(g, set);
+        let x = input.x.block(at, n, step.min(sets.end - set), n);
+        let dy = input.dy.block(at, n, x.rows, n);
+        let gradients = &mut gradients[..x.rows];
+        if abreast {
+            short_gradients(&k, x, dy, set, gradients);
+        }
+        for i in 0..x.rows {
+            if !abreast {
+                gradients[i] = sets::gradient(&mut k, &part(g, set + i));
+            }
+            constants[i] = gradients[i].with_scale(gradients[i].rstd);
+            if let (Some(dx), false) = (&mut k.dx, short) {
+                let dx = dx.block(place(g, set + i), n, 1, n);
+                loops.gradient_columns(x.part(i, 1), dy.part(i, 1), dx, weight, &constants[i..=i], n);
+            }
+        }
+        if let (Some(dx), true) = (&mut k.dx, short) {
+            let dx = dx.block(at, n, x.rows, n);
+            loops.gradient_columns(x, dy, dx, weight, &constants[..x.rows], step * n);
+        }
+        if let Some(params) = &mut k.params {
+            let mut stats = [[T::Acc::ZERO; 3]; MOST];
+            stats.iter_mut().zip(&*gradients).for_each(|(s, gradient)| *s = gradient.stats());
+            loops.add_columns(x, dy, &stats[..x.rows], params.weight, params.bias);
+        }
+    }
+}
+
+/// Of short sets from `set` on.
+fn short_gradients<T: Walked>(
+    k: &Backward<T>,
+    x: crate::cpu::view::Block<T>,
+    dy: crate::cpu::view::Block<T>,
+    set: usize,
+    gradients: &mut [InputGradient<T::Acc>],
+) {
+    let input = &k.input;
+    let (mut high, mut sums) = ([T::Acc::ZERO; MOST], [[T::Acc::ZERO; 2]; MOST]);
+    for i in 0..x.rows {
+        high[i] = input.stats.of(set + i).high;
+    }
+    let n = T::Acc::from64(x.n as f64);
+    input.loops.short_dots(x, dy, &input.affine.weight, &high[..x.rows], &mut sums[..x.rows]);
+    for (i, gradient) in gradients.iter_mut().enumerate() {
+        let (stat, rstd) = input.stat(set + i);
+        *gradient = InputGradient::short(stat, rstd, sums[i], input.g.center, n);
+    }
+}

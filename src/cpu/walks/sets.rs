@@ -1,0 +1,119 @@
+//! Set after set, each summed and then normalized while it is in cache: sets of several rows, of which a tile may
+//! have a part, and sets side by side with a weight for each column.
+//!
+//! ```text
+//! y = (x - high) * (rstd * weight) + (bias - low * rstd * weight)        mean = high + low
+//! ```
+
+use super::spans;
+use crate::cpu::affine::Form;
+use crate::cpu::element::Walked;
+use crate::cpu::gradient::{InputGradient, Means, MeansFrom, ParamSums, Sums};
+use crate::cpu::kernel::{parts, pivot, Backward, Forward, Input, Part, Partial, PartialSums};
+use crate::cpu::moments::{Source, Stat};
+
+pub(super) fn moments<T: Walked>(k: Partial<T>) {
+    for (part, out) in parts(k.g, k.tile).zip(k.out) {
+        let pivot = k.g.center.then(|| k.pivots[part.set]);
+        *out = part.moments(k.loops, &k.x, pivot);
+    }
+}
+
+pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
+    for (i, part) in parts(k.g, k.tile).enumerate() {
+        let stat = match &k.stats {
+            Source::Given(stats) => stats.of(part.set),
+            Source::Tile(_) => {
+                let pivot = pivot(k.g, &k.x, part.rows.start, part.columns.start);
+                Stat::of(pivot, part.moments(k.loops, &k.x, pivot))
+            }
+        };
+        k.stats.keep(i, stat);
+        normalize(&mut k, &part, stat);
+    }
+}
+
+fn normalize<T: Walked>(k: &mut Forward<T>, part: &Part, stat: Stat<T::Acc>) {
+    let (affine, rstd, x, y) = (k.affine, stat.rstd(k.eps), part.block(&k.x), part.out(&mut k.y));
+    if let Form::Spans(span) = affine.form {
+        let (params, run) = part.spans(span);
+        let constants: Vec<_> = params.map(|p| spans::constants(affine, p, stat, rstd)).collect();
+        return k.loops.scale_runs(x, y, run, &constants, k.g.run);
+    }
+    let c = part.columns.clone();
+    let bias = affine.bias().map(|b| &b[c.clone()]);
+    let constants = [[stat.high, rstd, -(stat.low * rstd)]];
+    k.loops.scale_columns(x, y, &affine.weight[c], bias, &constants, 0)
+}
+
+pub(super) fn sums<T: Walked>(mut k: PartialSums<T>) {
+    for (part, out) in parts(k.input.g, k.input.tile).zip(k.sums) {
+        *out = weighted_sums(&k.input, &part, &mut k.params);
+    }
+}
+
+/// Sums of a part of `g` and `g * (x - high)`; adds to the parameters' what belongs to them.
+fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<ParamSums<T::Acc>>) -> Sums {
+    use crate::cpu::element::Float;
+    let (stat, rstd) = input.stat(part.set);
+    let Form::Spans(span) = input.affine.form else {
+        return spans::dots(input, part, Some(&input.affine.weight), stat.high);
+    };
+    let (own, run) = part.spans(span);
+    let first = input.tile.columns.start / span;
+    let mut sums = Sums::default();
+    let high = vec![stat.high; own.len()];
+    for (p, span) in own.zip(spans::sums(input, part, run, &high)) {
+        let weight = input.affine.weight[p].to64();
+        sums.g += span.g * weight;
+        sums.gx += span.gx * weight;
+        if let Some(params) = params {
+            spans::add(params, p - first, span, stat, rstd);
+        }
+    }
+    sums
+}
+
+/// What makes dx of a set; adds to the parameters' sums where they are by span.
+pub(super) fn gradient<T: Walked>(k: &mut Backward<T>, part: &Part) -> InputGradient<T::Acc> {
+    let (stat, rstd) = k.input.stat(part.set);
+    // Sums by column are made later, along with dx.
+    let spans = k.input.affine.form != Form::Columns;
+    let means = match k.means {
+        MeansFrom::Given(means) => means[part.set],
+        MeansFrom::Fixed if !spans || k.params.is_none() => Means::ZERO,
+        MeansFrom::Fixed => {
+            weighted_sums(&k.input, part, &mut k.params);
+            Means::ZERO
+        }
+        MeansFrom::Tile => k.input.means(weighted_sums(&k.input, part, &mut k.params), stat, rstd),
+    };
+    InputGradient::of(stat, rstd, means)
+}
+
+pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
+    let input = k.input;
+    let (g, affine, loops) = (input.g, input.affine, input.loops);
+    for part in parts(g, input.tile) {
+        let gradient = gradient(&mut k, &part);
+        let (x, dy) = (part.block(&input.x), part.block(&input.dy));
+        if let Form::Spans(span) = affine.form {
+            let Some(dx) = &mut k.dx else { continue };
+            let (params, run) = part.spans(span);
+            let constants: Vec<_> =
+                params.map(|p| gradient.with_scale(gradient.rstd * affine.weight[p])).collect();
+            loops.gradient_runs(x, dy, part.out(dx), run, &constants, g.run);
+            continue;
+        }
+        let c = part.columns.clone();
+        if let Some(dx) = &mut k.dx {
+            let constants = [gradient.with_scale(gradient.rstd)];
+            loops.gradient_columns(x, dy, part.out(dx), &affine.weight[c.clone()], &constants, 0);
+        }
+        if let Some(params) = &mut k.params {
+            let own = c.start - input.tile.columns.start..c.end - input.tile.columns.start;
+            let (dw, db) = (&mut params.weight[own.clone()], &mut params.bias[own]);
+            loops.add_columns(x, dy, &[gradient.stats()], dw, db);
+        }
+    }
+}
