@@ -26,6 +26,7 @@ mod fused;
 mod fusion_oracle;
 mod golden;
 mod golden_fused;
+mod hand_written;
 mod identities;
 mod layers;
 mod layers_around;
