@@ -1,29 +1,23 @@
 //! What synchronizing a batch norm costs: on one rank beside `BatchNorm`, and its collectives by ranks.
 //!
-//! `cargo bench --bench sync_batch_norm`. Contenders take turns in one run and are compared by the median of
-//! the ratios of neighbours, so that what else runs on the machine weighs on both.
+//! `cargo bench --bench sync_batch_norm`; `-- --quick` takes fewer rounds. Contenders take turns
+//! (`cases/rounds.rs`).
+
+#[path = "cases/rounds.rs"]
+#[allow(dead_code)] // the other benchmarks use the rest
+mod rounds;
 
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::distributed::{LocalGroup, ProcessGroup};
 use candle_norm::{BatchNorm, BatchNormOptions, ModuleT};
+use rounds::{fastest, Contender, Rounds, Settings};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 fn layer(channels: usize) -> Result<BatchNorm> {
     let vb = VarBuilder::from_varmap(&VarMap::new(), DType::F32, &Device::Cpu);
     BatchNorm::with_options(channels, BatchNormOptions::default(), vb)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn time(f: impl FnOnce() -> Result<()>) -> Result<f64> {
-    let start = Instant::now();
-    f()?;
-    Ok(start.elapsed().as_secs_f64() * 1e3)
 }
 
 /// A forward in training, and the backward of a given gradient.
@@ -32,7 +26,7 @@ fn step(bn: &BatchNorm, x: &Var, dy: &Tensor) -> Result<()> {
     loss.backward().map(|_| ())
 }
 
-fn one_rank(dims: [usize; 4], rounds: usize) -> Result<()> {
+fn one_rank(dims: [usize; 4], rounds: usize) -> anyhow::Result<()> {
     let plain = layer(dims[1])?;
     let mut sync = layer(dims[1])?;
     let group: Arc<dyn ProcessGroup> = Arc::new(LocalGroup::new(1)?.remove(0));
@@ -41,20 +35,25 @@ fn one_rank(dims: [usize; 4], rounds: usize) -> Result<()> {
     let dy = Tensor::randn(0f32, 1f32, &dims, &Device::Cpu)?;
     let same = (plain.forward_t(&x, true)? - sync.forward_t(&x, true)?)?.abs()?.max_all()?;
     assert_eq!(same.to_scalar::<f32>()?, 0.0);
-    let (mut times, mut ratios) = (vec![], vec![]);
-    for round in 0..rounds {
-        // Whoever goes second finds warmer caches: they take turns at that too.
-        let (a, b) = if round % 2 == 0 {
-            let a = time(|| step(&plain, &x, &dy))?;
-            (a, time(|| step(&sync, &x, &dy))?)
-        } else {
-            let b = time(|| step(&sync, &x, &dy))?;
-            (time(|| step(&plain, &x, &dy))?, b)
-        };
-        times.push(a);
-        ratios.push(b / a);
-    }
-    println!("{:>18}  {:9.3} ms  {:6.3}", format!("{dims:?}"), median(times), median(ratios));
+    let mut contenders = [("BatchNorm", &plain), ("SyncBatchNorm", &sync)].map(|(name, layer)| {
+        let (x, dy) = (&x, &dy);
+        Contender::new(name, move || Ok(step(layer, x, dy)?))
+    });
+    let settings = Settings { rounds, block: Duration::from_millis(10) };
+    let rounds = rounds::measure(&mut contenders, settings)?;
+    let (Some(time), Some(ratio)) = (rounds.time("BatchNorm"), rounds.ratio("SyncBatchNorm", "BatchNorm"))
+    else {
+        unreachable!("both ran");
+    };
+    println!(
+        "{:>18}  {:9.3} ms  {:6.3} ({:.3}-{:.3}){}",
+        format!("{dims:?}"),
+        time.median / 1e6,
+        ratio.median,
+        ratio.low,
+        ratio.high,
+        if ratio.agrees() { "" } else { " ?" }
+    );
     Ok(())
 }
 
@@ -65,13 +64,22 @@ fn collectives(ranks: usize, channels: usize, rounds: usize) -> Result<[f64; 2]>
         let messages = [statistics, sums].map(|n| Tensor::zeros(n, DType::F32, &Device::Cpu));
         let [statistics, sums] = messages;
         let (statistics, sums) = (statistics?, sums?);
-        let mut times = [vec![], vec![]];
+        let mut times = Rounds::of(["gather", "sum"]);
         for _ in 0..rounds {
-            times[0].push(1e3 * time(|| group.all_gather("bench", &statistics).map(|_| ()))?);
-            times[1].push(1e3 * time(|| group.all_reduce_sum("bench", &sums).map(|_| ()))?);
+            // As many calls on every rank: each waits for the others.
+            let mut gather = || Ok(group.all_gather("bench", &statistics).map(|_| ())?);
+            times.push(0, fastest(&mut gather, 5, 2)?);
+            let mut sum = || Ok(group.all_reduce_sum("bench", &sums).map(|_| ())?);
+            times.push(1, fastest(&mut sum, 5, 2)?);
         }
-        Ok(times.map(median))
-    })?;
+        Ok(["gather", "sum"].map(|name| times.time(name).map_or(f64::NAN, |time| time.median / 1e3)))
+    });
+    slowest(each)
+}
+
+/// Of the ranks, the slowest in each.
+fn slowest(each: Result<Vec<[f64; 2]>>) -> Result<[f64; 2]> {
+    let each = each?;
     Ok([0, 1].map(|i| each.iter().map(|times| times[i]).fold(0.0, f64::max)))
 }
 
@@ -83,24 +91,23 @@ fn steps(ranks: usize, dims: [usize; 4], rounds: usize) -> Result<[f64; 2]> {
         let x = Var::from_tensor(&Tensor::randn(0f32, 1f32, &dims, &Device::Cpu)?)?;
         let dy = Tensor::randn(0f32, 1f32, &dims, &Device::Cpu)?;
         let together = || group.all_reduce_sum("start", &Tensor::zeros(1, DType::F32, &Device::Cpu)?);
-        let mut times = [vec![], vec![]];
+        let mut times = Rounds::of(["plain", "sync"]);
         for _ in 0..rounds {
             // Both start with all ranks ready, and all ranks compute at once in both.
-            together()?;
-            times[0].push(time(|| step(&plain, &x, &dy))?);
-            together()?;
-            times[1].push(time(|| step(&sync, &x, &dy))?);
+            for (i, layer) in [&plain, &sync].into_iter().enumerate() {
+                together()?;
+                times.push(i, fastest(&mut || Ok(step(layer, &x, &dy)?), 1, 1)?);
+            }
         }
-        Ok(times.map(median))
-    })?;
-    Ok([0, 1].map(|i| each.iter().map(|times| times[i]).fold(0.0, f64::max)))
+        Ok(["plain", "sync"].map(|name| times.time(name).map_or(f64::NAN, |time| time.median / 1e6)))
+    });
+    slowest(each)
 }
 
-fn main() -> Result<()> {
+fn main() -> anyhow::Result<()> {
     // `cargo test --benches` and `cargo bench -- --quick` want a sign of life, not a figure.
     let quick = std::env::args().any(|arg| arg == "--test" || arg == "--quick");
-    let rounds = if quick { 3 } else { 41 };
-    let start = Instant::now();
+    let rounds = if quick { 3 } else { 21 };
     println!("one rank: forward + backward; SyncBatchNorm / BatchNorm\n");
     for dims in [[2, 16, 4, 4], [32, 64, 28, 28], [16, 256, 14, 14], [32, 512, 7, 7]] {
         one_rank(dims, rounds)?;
@@ -121,6 +128,5 @@ fn main() -> Result<()> {
         let [plain, sync] = steps(ranks, [8, 64, 28, 28], rounds.min(15))?;
         println!("{ranks:5}  {plain:9.3}  {sync:13.3}");
     }
-    assert!(start.elapsed() < Duration::from_secs(600));
     Ok(())
 }

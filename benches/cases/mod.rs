@@ -1,10 +1,12 @@
 //! What is measured: shapes that real models have, and the norms over them in both crates.
 //!
-//! Apart, because the Criterion bench and the comparison with PyTorch measure the same rows.
+//! Apart, because `cargo bench` and the comparison with PyTorch measure the same rows, in the same way.
 
 pub mod contenders;
 pub mod copy;
 pub mod inputs;
+pub mod memory;
+pub mod rounds;
 
 use candle_core::DType;
 use std::fmt;
@@ -125,6 +127,11 @@ impl Row {
 
     pub fn elements(&self) -> usize {
         self.case.shape.iter().product()
+    }
+
+    /// Bytes of the three f32 values that candle-norm keeps of each set for the backward.
+    pub fn statistics(&self) -> usize {
+        3 * 4 * self.elements() / self.case.norm.set_len(self.case.shape)
     }
 
     /// Bytes of x.

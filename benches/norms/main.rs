@@ -1,12 +1,9 @@
 //! `cargo bench`: every norm of candle-norm beside candle-nn's, on shapes that real models have.
 //!
-//! Criterion takes the times. Before it does, both crates' results are compared with f32 arithmetic
-//! on the same inputs. A copy of the same bytes is timed beside each row, as the floor. The run ends
-//! with one table, which it also writes as CSV and as a chart.
-//!
-//! `-- --quick` takes fewer samples of fewer shapes, `-- --test` runs everything once and times
-//! nothing, `-- LayerNorm` measures the rows whose name has that in it. The files go to
-//! `target/norms`, or to the folder that `CANDLE_NORM_BENCH_OUT` names.
+//! Both crates' results are compared with f32 arithmetic on the same inputs, and the memory of a training
+//! step is counted, before they are timed, in turns (`cases/rounds.rs`), together with a copy of the same
+//! bytes. Rows whose rounds disagree are measured again at the end. The table is also written as CSV and
+//! as a chart, to `target/norms` or to the folder that `CANDLE_NORM_BENCH_OUT` names.
 
 #[path = "../cases/mod.rs"]
 mod cases;
@@ -14,37 +11,85 @@ mod chart;
 mod compare;
 mod table;
 
-use anyhow::{Context, Result};
+use anyhow::{ensure, Context, Result};
+use candle_core::Tensor;
 use cases::contenders::{self, Layer, Mode};
 use cases::copy::Copy;
 use cases::inputs::Inputs;
+use cases::memory::{self, Counting, Memory};
+use cases::rounds::{self, Contender, Rounds, Settings};
 use cases::{Norm, Row};
-use criterion::{BenchmarkId, Criterion, SamplingMode};
+use clap::Parser;
+use compare::Errors;
 use std::hint::black_box;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use table::Line;
 
-fn main() -> Result<()> {
-    let asked = Asked::from_args();
-    let times = target().join("criterion");
-    let mut criterion =
-        Criterion::default().without_plots().nresamples(1000).output_directory(&times).configure_from_args();
-    let mut lines = vec![];
-    for row in Row::all().filter(|row| asked.wants(row)) {
-        let inputs = Inputs::new(&row)?;
-        let mut copy = Copy::of(row.bytes());
-        for &mode in modes(&row) {
-            let mut bench = Bench { criterion: &mut criterion, times: &times, row, mode, inputs: &inputs };
-            lines.extend(bench.run(&mut copy).with_context(|| bench.name())?);
-        }
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[derive(Parser)]
+#[command(about = "candle-norm beside candle-nn on the CPU", bin_name = "cargo bench --")]
+struct Args {
+    /// Words that a row's name must have, such as LayerNorm bf16 backward
+    words: Vec<String>,
+    /// Fewer rounds, and no tensor of 3 million elements or more
+    #[arg(long)]
+    quick: bool,
+    /// Runs and compares everything once, and times nothing
+    #[arg(long)]
+    test: bool,
+    /// Names the rows
+    #[arg(long)]
+    list: bool,
+    /// Rounds of each row [default: 11, quick 5]
+    #[arg(long)]
+    rounds: Option<usize>,
+    /// Given by cargo: whoever starts the program without it gets `--test`
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+impl Args {
+    /// A quick run leaves out the largest tensors, which take most of the time.
+    fn wants(&self, row: &Row, mode: Mode) -> bool {
+        let name = name(row, mode);
+        (!self.quick || row.elements() < 3_000_000) && self.words.iter().all(|word| name.contains(word))
     }
-    criterion.final_summary();
-    if lines.is_empty() {
+
+    fn settings(&self) -> Settings {
+        let (rounds, block) = if self.quick { (5, 8) } else { (11, 12) };
+        Settings { rounds: self.rounds.unwrap_or(rounds).max(1), block: Duration::from_millis(block) }
+    }
+}
+
+fn main() -> Result<()> {
+    let args = Args::parse();
+    let asked = Row::all().flat_map(|row| modes(&row).iter().map(move |&mode| (row, mode)));
+    let asked: Vec<(Row, Mode)> = asked.filter(|(row, mode)| args.wants(row, *mode)).collect();
+    if args.list {
+        asked.iter().for_each(|(row, mode)| println!("{}: benchmark", name(row, *mode)));
         return Ok(());
     }
-    print!("\n{}", table::render(&lines));
-    let out = std::env::var_os("CANDLE_NORM_BENCH_OUT").map_or_else(|| target().join("norms"), PathBuf::from);
+    if args.test || !args.bench {
+        for (row, mode) in &asked {
+            Bench::new(*row, *mode).and_then(|bench| bench.try_once()).with_context(|| name(row, *mode))?;
+        }
+        println!(
+            "{} rows run, agree with f32 arithmetic, and keep x and the statistics, no more",
+            asked.len()
+        );
+        return Ok(());
+    }
+    memory::settle();
+    let lines = measure(&asked, args.settings())?;
+    if lines.is_empty() {
+        println!("no row has these words in its name; --list names them");
+        return Ok(());
+    }
+    print!("{}", table::summary(&lines));
+    let out = std::env::var_os("CANDLE_NORM_BENCH_OUT").map_or_else(target, PathBuf::from);
     std::fs::create_dir_all(&out)?;
     std::fs::write(out.join("norms.csv"), table::csv(&lines))?;
     std::fs::write(out.join("norms.svg"), chart::svg(&lines))?;
@@ -60,113 +105,107 @@ fn modes(row: &Row) -> &'static [Mode] {
     }
 }
 
+fn name(row: &Row, mode: Mode) -> String {
+    format!("{row} {}", table::mode_name(mode))
+}
+
 fn target() -> PathBuf {
     let tmp = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    tmp.parent().unwrap_or(tmp).to_path_buf()
+    tmp.parent().unwrap_or(tmp).join("norms")
 }
 
-/// What of the command line matters before Criterion reads it: which rows to prepare and compare.
-struct Asked {
-    quick: bool,
-    filter: Option<String>,
-}
-
-impl Asked {
-    fn from_args() -> Self {
-        let args: Vec<String> = std::env::args().skip(1).collect();
-        let is_flag = |a: &str| {
-            ["--bench", "--test", "--quick", "--list", "--exact", "--noplot", "--verbose", "-n", "-v"]
-                .contains(&a)
-        };
-        // A bare word is the filter unless an option before it takes it as its value.
-        let filter = args.iter().enumerate().find(|(i, a)| {
-            let before = i.checked_sub(1).map(|i| args[i].as_str());
-            !a.starts_with('-') && before.is_none_or(|b| is_flag(b) || !b.starts_with('-'))
-        });
-        Self { quick: args.iter().any(|a| a == "--quick"), filter: filter.map(|(_, a)| a.clone()) }
+/// Measures and prints, row by row; what disagrees is measured up to twice more, at another time.
+fn measure(asked: &[(Row, Mode)], settings: Settings) -> Result<Vec<Line>> {
+    print!("{}", table::head());
+    let mut lines = vec![];
+    for &(row, mode) in asked {
+        lines.push(run(row, mode, settings)?);
+        print!("{}", table::render(&lines[lines.len() - 1]));
     }
-
-    /// A quick run leaves out the largest tensors, which take most of the time.
-    fn wants(&self, row: &Row) -> bool {
-        let size = !self.quick || row.elements() < 3_000_000;
-        size && self.filter.as_ref().is_none_or(|filter| row.to_string().contains(filter))
+    for _ in 0..2 {
+        let disagree: Vec<&mut Line> = lines.iter_mut().filter(|line| !line.agrees()).collect();
+        if !disagree.is_empty() {
+            println!("\nwhere rounds disagreed (?), with more of them:");
+        }
+        for line in disagree {
+            let more = Settings { rounds: 2 * settings.rounds, ..settings };
+            line.rounds.extend(run(line.row, line.mode, more)?.rounds);
+            print!("{}", table::render(line));
+        }
     }
+    Ok(lines)
 }
 
-struct Bench<'a> {
-    criterion: &'a mut Criterion,
-    times: &'a Path,
+fn run(row: Row, mode: Mode, settings: Settings) -> Result<Line> {
+    Bench::new(row, mode).and_then(|bench| bench.line(settings)).with_context(|| name(&row, mode))
+}
+
+/// A row that is ready to run.
+struct Bench {
     row: Row,
     mode: Mode,
-    inputs: &'a Inputs,
+    inputs: Inputs,
+    ours: Layer,
+    /// `None` where candle-nn cannot run the row.
+    theirs: Option<Layer>,
+    errors: Errors,
 }
 
-impl Bench<'_> {
-    /// Also a folder's name in Criterion's output: no character in it needs replacing.
-    fn name(&self) -> String {
-        format!("{} {}", self.row, table::mode_name(self.mode))
+impl Bench {
+    fn new(row: Row, mode: Mode) -> Result<Self> {
+        let inputs = Inputs::new(&row)?;
+        let ours = contenders::candle_norm(&row, &inputs, mode);
+        let theirs = contenders::candle_nn(&row, &inputs, mode)?;
+        let errors = compare::both(&row, &inputs, mode, &ours, &theirs)?;
+        let theirs = errors.theirs.map(|_| theirs);
+        Ok(Self { row, mode, inputs, ours, theirs, errors })
     }
 
-    /// Compares, then times; `None` where Criterion was not asked for times.
-    fn run(&mut self, copy: &mut Copy) -> Result<Option<Line>> {
-        let ours = contenders::candle_norm(&self.row, self.inputs, self.mode);
-        let theirs = contenders::candle_nn(&self.row, self.inputs, self.mode)?;
-        let errors = compare::both(&self.row, self.inputs, self.mode, &ours, &theirs)?;
-        let x = contenders::input(self.inputs, self.mode);
-        let (mode, dy) = (self.mode, &self.inputs.dy);
-        let step = |layer: &Layer| -> candle_core::Result<()> {
-            let y = layer(&x)?;
-            match mode {
-                Mode::Forward => drop(black_box(y)),
-                Mode::ForwardBackward => drop(black_box(contenders::backward(&y, dy)?)),
-            }
+    fn step(&self, layer: &Layer) -> Result<()> {
+        let y = layer(&contenders::input(&self.inputs, self.mode))?;
+        match self.mode {
+            Mode::Forward => drop(black_box(y)),
+            Mode::ForwardBackward => drop(black_box(contenders::backward(&y, &self.inputs.dy)?)),
+        }
+        Ok(())
+    }
+
+    /// The step's memory; candle-norm's is checked.
+    fn try_once(&self) -> Result<[Option<Memory>; 2]> {
+        let Mode::ForwardBackward = self.mode else {
+            self.step(&self.ours)?;
+            return Ok([None, None]);
+        };
+        let of = |layer: &Layer| {
+            let backward = |y: &Tensor| {
+                contenders::backward(y, &self.inputs.dy)?;
+                Ok(())
+            };
+            memory::of(|| Ok(layer(&contenders::input(&self.inputs, self.mode))?), backward)
+        };
+        let ours = of(&self.ours)?;
+        // y is the caller's. x the graph keeps too, but it was there before. The rest is candle's nodes.
+        let most = self.row.bytes() + self.row.statistics() + 4096;
+        ensure!(ours.kept <= most, "candle-norm keeps {} bytes, expected at most {most}", ours.kept);
+        Ok([Some(ours), self.theirs.as_ref().map(of).transpose()?])
+    }
+
+    fn line(&self, settings: Settings) -> Result<Line> {
+        let memory = self.try_once()?;
+        let rounds = self.measure(settings)?;
+        Ok(Line { row: self.row, mode: self.mode, errors: self.errors, memory, rounds })
+    }
+
+    fn measure(&self, settings: Settings) -> Result<Rounds> {
+        let mut copy = Copy::of(self.row.bytes());
+        let mut contenders = vec![Contender::new("candle-norm", || self.step(&self.ours))];
+        if let Some(theirs) = &self.theirs {
+            contenders.push(Contender::new("candle-nn", || self.step(theirs)));
+        }
+        contenders.push(Contender::new("copy", || {
+            copy.run();
             Ok(())
-        };
-        let ran = "an op that ran when it was compared";
-        let ours = self.time("candle-norm", || step(&ours).expect(ran))?;
-        let theirs = match errors.theirs {
-            Some(_) => self.time("candle-nn", || step(&theirs).expect(ran))?,
-            None => None,
-        };
-        let copy_time = self.time("copy", || copy.run())?;
-        let (Some(ours), Some(copy_time)) = (ours, copy_time) else { return Ok(None) };
-        let tensors = match mode {
-            Mode::Forward => 2,
-            // The forward, then x and dy read and dx written.
-            Mode::ForwardBackward => 5,
-        };
-        Ok(Some(Line {
-            row: self.row,
-            mode,
-            ours,
-            theirs,
-            errors,
-            bandwidth: (tensors * self.row.bytes()) as f64 / ours,
-            copy_bandwidth: (2 * self.row.bytes()) as f64 / copy_time,
-        }))
-    }
-
-    /// Nanoseconds that Criterion estimates for one call.
-    fn time(&mut self, function: &str, mut work: impl FnMut()) -> Result<Option<f64>> {
-        let name = self.name();
-        let file = self.times.join(&name).join(function).join("new/estimates.json");
-        // What is read back must be of this run.
-        let _ = std::fs::remove_file(&file);
-        let start = Instant::now();
-        work();
-        let once = start.elapsed();
-        let mut group = self.criterion.benchmark_group(&name);
-        // Calls of half a second get ten samples of one call; the rest shares a quarter second.
-        group
-            .sampling_mode(SamplingMode::Flat)
-            .sample_size(10)
-            .warm_up_time(Duration::from_millis(60))
-            .measurement_time(Duration::from_millis(240).max(once * 12));
-        group.bench_function(BenchmarkId::from_parameter(function), |b| b.iter(&mut work));
-        group.finish();
-        let Ok(text) = std::fs::read_to_string(&file) else { return Ok(None) };
-        let estimates: serde_json::Value = serde_json::from_str(&text)?;
-        let median = estimates["median"]["point_estimate"].as_f64();
-        Ok(Some(median.with_context(|| format!("no median in {}", file.display()))?))
+        }));
+        rounds::measure(&mut contenders, settings)
     }
 }

@@ -1,54 +1,132 @@
-//! The table that a run ends with, for a terminal and as CSV.
+//! The table of a run, for a terminal and as CSV.
 
 use crate::cases::contenders::Mode;
+use crate::cases::memory::Memory;
+use crate::cases::rounds::{Rounds, Spread};
 use crate::cases::Row;
 use crate::compare::Errors;
+use candle_core::DType;
 use std::fmt::Write;
 
 /// One measured row.
 pub struct Line {
     pub row: Row,
     pub mode: Mode,
-    /// Nanoseconds a call.
-    pub ours: f64,
-    /// `None` where candle-nn cannot run the row.
-    pub theirs: Option<f64>,
     pub errors: Errors,
-    /// Bytes that the op cannot avoid moving, by its time: GB/s.
-    pub bandwidth: f64,
-    /// GB/s of a copy of as many bytes as x has.
-    pub copy_bandwidth: f64,
+    /// Of a training step, candle-norm's and candle-nn's.
+    pub memory: [Option<Memory>; 2],
+    pub rounds: Rounds,
 }
 
 impl Line {
-    /// How many times as fast as candle-nn.
-    pub fn ratio(&self) -> Option<f64> {
-        self.theirs.map(|theirs| theirs / self.ours)
+    /// How many times as fast as candle-nn; `None` where that cannot run the row.
+    pub fn ratio(&self) -> Option<Spread> {
+        self.rounds.ratio("candle-nn", "candle-norm")
+    }
+
+    /// Bytes that the op cannot avoid moving, in bytes that the copy moves: x read and y written, and with
+    /// the backward also x and dy read and dx written.
+    fn moved(&self) -> f64 {
+        match self.mode {
+            Mode::Forward => 1.0,
+            Mode::ForwardBackward => 2.5,
+        }
+    }
+
+    /// Bandwidth as a share of the copy's.
+    pub fn share(&self) -> Spread {
+        self.rounds.ratio("copy", "candle-norm").expect("both ran").times(self.moved())
+    }
+
+    pub fn agrees(&self) -> bool {
+        self.share().agrees() && self.ratio().is_none_or(|ratio| ratio.agrees())
+    }
+
+    fn time(&self, contender: &str) -> Option<f64> {
+        self.rounds.time(contender).map(|time| time.median)
+    }
+
+    /// Gigabytes a second, of the op and of the copy.
+    fn bandwidths(&self) -> (f64, f64) {
+        let bytes = 2.0 * self.row.bytes() as f64;
+        let of = |contender| bytes / self.time(contender).unwrap_or(f64::NAN);
+        (self.moved() * of("candle-norm"), of("copy"))
     }
 }
 
-pub fn render(lines: &[Line]) -> String {
-    let mut out = String::new();
-    let _ = writeln!(
-        out,
-        "{:<14} {:<13} {:<5} {:<16} {:>11} {:>11} {:>9} {:>6} {:>8}",
-        "norm", "shape", "dtype", "mode", "candle-norm", "candle-nn", "times as", "GB/s", "share of"
-    );
-    let _ = writeln!(out, "{:>84} {:>15}", "fast", "a copy's");
-    for line in lines {
+pub fn head() -> String {
+    format!(
+        "times: median of the rounds; times as fast as candle-nn: median (least-most) of the rounds' ratios\n\n\
+         {:<14} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6} {:>10}\n",
+        "norm", "shape", "dtype", "mode", "candle-norm", "candle-nn", "times as fast", "GB/s", "of a copy's"
+    )
+}
+
+pub fn render(line: &Line) -> String {
+    let ratio =
+        line.ratio().map_or("n/a".into(), |r| format!("{:.1} ({:.1}-{:.1})", r.median, r.low, r.high));
+    format!(
+        "{:<14} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6.1} {:>9.0}% {}\n",
+        line.row.case.norm.to_string(),
+        line.row.shape(),
+        line.row.dtype.as_str(),
+        mode_name(line.mode),
+        line.time("candle-norm").map_or(String::new(), time),
+        line.time("candle-nn").map_or("n/a".into(), time),
+        ratio,
+        line.bandwidths().0,
+        100.0 * line.share().median,
+        if line.agrees() { "" } else { "?" },
+    )
+}
+
+/// A line for each mode and dtype: the rows' median, least and most.
+pub fn summary(lines: &[Line]) -> String {
+    let mut out = String::from("\ntimes as fast as candle-nn, over the rows:\n");
+    for mode in [Mode::Forward, Mode::ForwardBackward] {
+        for dtype in [DType::F32, DType::BF16] {
+            let of = lines.iter().filter(|line| (line.mode, line.row.dtype) == (mode, dtype));
+            let mut ratios: Vec<f64> = of.filter_map(|line| line.ratio().map(|r| r.median)).collect();
+            ratios.sort_by(f64::total_cmp);
+            let (Some(least), Some(most)) = (ratios.first(), ratios.last()) else { continue };
+            let (median, rows) = (ratios[ratios.len() / 2], ratios.len());
+            let (mode, dtype) = (mode_name(mode), dtype.as_str());
+            let _ = writeln!(out, "{mode:<16} {dtype:<5} {median:.1} ({least:.1}-{most:.1}) in {rows} rows");
+        }
+    }
+    out += &memory(lines);
+    let disagree = lines.iter().filter(|line| !line.agrees()).count();
+    if disagree > 0 {
         let _ = writeln!(
             out,
-            "{:<14} {:<13} {:<5} {:<16} {:>11} {:>11} {:>9} {:>6.1} {:>7.0}%",
-            line.row.case.norm.to_string(),
-            line.row.shape(),
-            line.row.dtype.as_str(),
-            mode_name(line.mode),
-            time(line.ours),
-            line.theirs.map_or("n/a".into(), time),
-            line.ratio().map_or("n/a".into(), |r| format!("{r:.1}")),
-            line.bandwidth,
-            100.0 * line.bandwidth / line.copy_bandwidth,
+            "{disagree} rows are marked '?': half of their rounds lie more than a quarter apart, after more of them too"
         );
+    }
+    out
+}
+
+/// What a training step keeps and its peak, for the largest row of each norm and dtype.
+fn memory(lines: &[Line]) -> String {
+    let mut largest: Vec<&Line> = vec![];
+    for line in lines.iter().filter(|line| line.memory[0].is_some()) {
+        let kind = |line: &Line| (line.row.case.norm.to_string(), line.row.dtype);
+        match largest.iter_mut().find(|known| kind(known) == kind(line)) {
+            Some(known) if known.row.elements() < line.row.elements() => *known = line,
+            Some(_) => {}
+            None => largest.push(line),
+        }
+    }
+    let mut out = String::from("\nkept after the forward, and at most, of a training step, in sizes of x:\n");
+    for line in &largest {
+        let of = |memory: Option<Memory>| {
+            let sizes = |bytes: usize| bytes as f64 / line.row.bytes() as f64;
+            memory.map_or("n/a".into(), |m| format!("{:.2} and {:.2}", sizes(m.kept), sizes(m.peak)))
+        };
+        let [ours, theirs] = line.memory.map(of);
+        let _ = writeln!(out, "{:<36} candle-norm {ours:<14} candle-nn {theirs}", line.row.to_string());
+    }
+    if largest.is_empty() {
+        out.clear();
     }
     out
 }
@@ -64,33 +142,37 @@ fn time(ns: f64) -> String {
 
 pub fn csv(lines: &[Line]) -> String {
     let mut out = String::from(
-        "norm,shape,model,dtype,mode,candle_norm_ns,candle_nn_ns,times_as_fast,gb_per_s,\
-         copy_gb_per_s,share_of_copy,candle_norm_error,candle_nn_error\n",
+        "norm,shape,model,dtype,mode,candle_norm_ns,candle_nn_ns,times_as_fast,least,most,gb_per_s,\
+         copy_gb_per_s,share_of_copy,rounds_agree,candle_norm_error,candle_nn_error,candle_norm_kept,candle_norm_peak,candle_nn_kept,candle_nn_peak\n",
     );
-    let number = |v: Option<f64>| v.map_or(String::new(), |v| format!("{v:.4}"));
+    let spread =
+        |s: Option<Spread>| s.map_or(",,".into(), |s| format!("{:.3},{:.3},{:.3}", s.median, s.low, s.high));
+    let memory = |m: Option<Memory>| m.map_or(",".into(), |m| format!("{},{}", m.kept, m.peak));
     for line in lines {
+        let (bandwidth, copy) = line.bandwidths();
         let _ = writeln!(
             out,
-            "{},{},\"{}\",{},{},{:.1},{},{},{:.3},{:.3},{:.4},{:.2e},{}",
+            "{},{},\"{}\",{},{},{:.1},{},{},{bandwidth:.3},{copy:.3},{:.4},{},{:.2e},{},{},{}",
             line.row.case.norm,
             line.row.shape(),
             line.row.case.model,
             line.row.dtype.as_str(),
             mode_name(line.mode),
-            line.ours,
-            line.theirs.map_or(String::new(), |v| format!("{v:.1}")),
-            number(line.ratio()),
-            line.bandwidth,
-            line.copy_bandwidth,
-            line.bandwidth / line.copy_bandwidth,
+            line.time("candle-norm").unwrap_or(f64::NAN),
+            line.time("candle-nn").map_or(String::new(), |v| format!("{v:.1}")),
+            spread(line.ratio()),
+            line.share().median,
+            if line.agrees() { "yes" } else { "no" },
             line.errors.ours,
             line.errors.theirs.map_or(String::new(), |v| format!("{v:.2e}")),
+            memory(line.memory[0]),
+            memory(line.memory[1]),
         );
     }
     out
 }
 
-/// As the table, the chart and Criterion call a mode.
+/// As the table, the chart and a filter call a mode.
 pub fn mode_name(mode: Mode) -> &'static str {
     match mode {
         Mode::Forward => "forward",

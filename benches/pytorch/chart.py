@@ -3,57 +3,117 @@
 import math
 from html import escape
 
-LEFT, WIDTH, TOP, STEP, GAP = 250, 640, 84, 22, 10
-COLORS = {"forward": "#1f77b4", "op": "#d9480f", "step": "#2b8a3e"}
-NAMES = {"forward": "forward", "op": "op, forward+backward", "step": "whole loss.backward() step"}
-#: Marks of one line are set apart a little, so that none hides another.
-SHIFT = {"forward": -5, "op": 0, "step": 5}
+LEFT, WIDTH, BETWEEN, TOP, STEP, GAP = 210, 370, 24, 142, 30, 8
+#: From the top of a line to its bottom, so that no mark hides another: column, colour, name.
+FIGURES = {
+    "forward": ("torch", "#1f77b4", "forward"),
+    "op": ("torch", "#d9480f", "the norm's own forward and backward"),
+    "step": ("torch", "#2b8a3e", "whole loss.backward() step, candle as published"),
+    "patched": ("patched torch", "#9c36b5", "whole loss.backward() step, candle patched"),
+}
+MALLOCS = {
+    "default": "malloc: glibc's as it comes; freed tensors of 32 MiB and more go back to the system, and the next is mapped anew",
+    "neutral": "malloc: glibc's, told to keep what is freed (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised), for both sides",
+    "mimalloc": "malloc: mimalloc 3, as Rust's crate of that name has it, for both sides",
+    "jemalloc": "malloc: jemalloc 5, told to keep what is freed (dirty_decay_ms:-1), for both sides",
+}
+DTYPES = ("f32", "bf16")
 
 
-def mark(x, y, figure, dtype):
-    color = COLORS[figure]
-    fill = color if dtype == "f32" else "#fff"
-    return f'<circle cx="{x:.1f}" cy="{y}" r="4.5" fill="{fill}" stroke="{color}" stroke-width="2"/>\n'
-
-
-def svg(lines, setting):
-    low = math.log10(min([0.8] + [line["torch min"] for line in lines])) - 0.03
-    high = math.log10(max([5.0] + [line["torch max"] for line in lines])) + 0.03
-    place = lambda ratio: LEFT + (math.log10(ratio) - low) / (high - low) * WIDTH
-    body, y, last_norm, last_label = "", TOP, None, None
+def ranges(lines):
+    """What is drawn: (line, figure, least, median, most)."""
     for line in lines:
-        label = f"{line['norm']} {line['shape']}"
-        if label != last_label:
-            y += STEP + (GAP if last_norm not in (None, line["norm"]) else 0)
-            body += f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}" stroke="#e8e8e8"/>\n'
-            body += f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(label)}</text>\n'
-        last_norm, last_label = line["norm"], label
-        at = y + SHIFT[line["figure"]]
-        color = COLORS[line["figure"]]
-        body += (
-            f'<line x1="{place(line["torch min"]):.1f}" x2="{place(line["torch max"]):.1f}" y1="{at}" y2="{at}"'
-            f' stroke="{color}" stroke-opacity="0.35" stroke-width="2"/>\n'
-        )
-        body += mark(place(line["torch ratio"]), at, line["figure"], line["dtype"])
-    bottom = y + STEP
-    out = (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 30}" height="{bottom + 34}"'
-        f' viewBox="0 0 {LEFT + WIDTH + 30} {bottom + 34}" font-family="sans-serif" font-size="12" fill="#222">\n'
-        '<rect width="100%" height="100%" fill="#fff"/>\n'
-        f'<text x="20" y="28" font-size="17" font-weight="bold">candle-norm on the CPU: times as fast as'
-        f" PyTorch 2.11 ({escape(setting)})</text>\n"
+        figures = [line["figure"]] + (["patched"] if line["figure"] == "step" else [])
+        for figure in figures:
+            column = FIGURES[figure][0]
+            values = [line.get(f"{column} {what}") for what in ("min", "ratio", "max")]
+            if all(values):
+                yield line, figure, *map(float, values)
+
+
+class Scale:
+    """Wide enough for every range, and for 1."""
+
+    def __init__(self, drawn):
+        self.low = math.log10(min([0.8] + [least for _, _, least, _, _ in drawn])) - 0.05
+        self.high = math.log10(max([5.0] + [most for *_, most in drawn])) + 0.05
+
+    def x(self, dtype, ratio):
+        left = LEFT + DTYPES.index(dtype) * (WIDTH + BETWEEN)
+        return left + (math.log10(ratio) - self.low) / (self.high - self.low) * WIDTH
+
+
+def dot(x, y, figure):
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{FIGURES[figure][1]}"/>\n'
+
+
+def text(x, y, words, more=""):
+    return f'<text x="{x:.1f}" y="{y:.1f}" {more}>{escape(words)}</text>\n'
+
+
+def places(lines):
+    """The height of each shape's line."""
+    places, y, last = {}, TOP - STEP / 2, None
+    for line in lines:
+        name = (line["norm"], line["shape"])
+        if name not in places:
+            y += STEP + (GAP if last not in (None, line["norm"]) else 0)
+            places[name] = y
+        last = line["norm"]
+    return places
+
+
+def axes(scale, bottom):
+    out = ""
+    for dtype in DTYPES:
+        middle = (scale.x(dtype, 10**scale.low) + scale.x(dtype, 10**scale.high)) / 2
+        out += text(middle, TOP - 10, dtype, 'text-anchor="middle" font-weight="bold"')
+        for tick in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100):
+            if scale.low <= math.log10(tick) <= scale.high:
+                color, width = ("#222", 2) if tick == 1 else ("#d0d0d0", 1)
+                at = scale.x(dtype, tick)
+                out += (
+                    f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{bottom}" stroke="{color}" stroke-width="{width}"/>\n'
+                ) + text(at, bottom + 16, f"{tick}x", 'text-anchor="middle"')
+        out += text(scale.x(dtype, 1), bottom + 34, "candle-norm is faster \N{RIGHTWARDS ARROW}")
+    return out
+
+
+def head(threads, malloc):
+    out = text(
+        20,
+        28,
+        "How many times as fast as PyTorch 2.11 candle-norm is, on the CPU",
+        'font-size="17" font-weight="bold"',
     )
-    x = 30
-    for figure in ("forward", "op", "step"):
-        out += mark(x, 54, figure, "f32") + f'<text x="{x + 10}" y="58">{NAMES[figure]}</text>\n'
-        x += 40 + 6.8 * len(NAMES[figure])
-    out += f'<text x="{x}" y="58" fill="#777">filled: f32, hollow: bf16; median and range of the rounds</text>\n'
-    for tick in (0.2, 0.5, 1, 2, 3, 5, 10, 20, 50, 100):
-        if low <= math.log10(tick) <= high:
-            color, width = ("#222", 1.5) if tick == 1 else ("#d0d0d0", 1)
-            at = place(tick)
-            out += (
-                f'<line x1="{at:.1f}" x2="{at:.1f}" y1="{TOP + 4}" y2="{bottom}" stroke="{color}" stroke-width="{width}"/>\n'
-                f'<text x="{at:.1f}" y="{bottom + 16}" text-anchor="middle">{tick}x</text>\n'
-            )
-    return out + body + "</svg>\n"
+    words = f"{threads} thread{'s' if threads > 1 else ''}; right of 1x: candle-norm is faster. A mark is the median of the rounds, its line their range."
+    out += text(20, 50, words) + text(20, 68, MALLOCS[malloc])
+    for number, figure in enumerate(FIGURES):
+        x, y = 30 + number % 2 * 330, 86 + number // 2 * 18
+        out += dot(x, y, figure) + text(x + 9, y + 4, FIGURES[figure][2])
+    return out
+
+
+def svg(lines, threads, malloc):
+    drawn, heights = list(ranges(lines)), places(lines)
+    scale, bottom = Scale(drawn), max(heights.values(), default=TOP) + STEP / 2 + 4
+    width = LEFT + 2 * WIDTH + BETWEEN + 30
+    body = ""
+    for (norm, shape), y in heights.items():
+        for dtype in DTYPES:
+            ends = scale.x(dtype, 10**scale.low), scale.x(dtype, 10**scale.high)
+            body += f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}" stroke="#f2f2f2" stroke-width="26"/>\n'
+        body += text(LEFT - 10, y + 4, f"{norm} {shape}", 'text-anchor="end"')
+    body += axes(scale, bottom)
+    for line, figure, least, ratio, most in drawn:
+        y = heights[(line["norm"], line["shape"])] + 6.4 * (list(FIGURES).index(figure) - 1.5)
+        place = lambda ratio: scale.x(line["dtype"], ratio)
+        body += (
+            f'<line x1="{place(least):.1f}" x2="{place(most):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
+            f' stroke="{FIGURES[figure][1]}" stroke-opacity="0.45" stroke-width="2"/>\n'
+        ) + dot(place(ratio), y, figure)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 48}"'
+        f' viewBox="0 0 {width} {bottom + 48}" font-family="sans-serif" font-size="12" fill="#222">\n'
+        '<rect width="100%" height="100%" fill="#fff"/>\n'
+    ) + head(threads, malloc) + body + "</svg>\n"

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""candle-norm beside PyTorch, ONNX Runtime and candle-nn on the CPU, interleaved in one run.
+"""candle-norm beside PyTorch, ONNX Runtime and candle-nn on the CPU, in turns in one run.
 
     pip install -r benches/pytorch/requirements.txt
     python benches/pytorch/compare.py
@@ -7,20 +7,26 @@
 Every contender lives in a process of its own that is stopped (SIGSTOP) while another is timed. A row
 is measured in rounds: in each, every contender runs a block of calls, in an order that turns from
 round to round, and a ratio is that of two blocks of the same round. Reported are the median of the
-rounds' ratios and their range. Results are compared before they are timed.
+rounds' ratios and their range; rows whose rounds disagree are measured longer and, if they still do,
+marked '?'. Results are compared before they are timed.
 
 Three figures: `forward` (nothing tracked); `op`, the norm's own forward and backward with a given
 gradient (candle-norm without candle's graph, torch by its kernels without its autograd engine);
-`step`, `loss.backward()` behind a loss whose gradient is given, graph and all. candle hands a loss's
-gradient over with a zero-filled tensor and an addition; `net` is the step without those.
+`step`, `loss.backward()` behind a loss whose gradient is given, graph and all. With `--patched` the
+step is also taken with the candle-core that benches/patched-candle.sh makes.
 
-Two settings of glibc's malloc: `default`, where a large output is mapped anew at every call, and
-`neutral`, where both sides keep their memory. The floor is a copy of as many bytes as x has.
+Settings of malloc, the same for every contender: `default`, glibc's, where freed memory of 32 MiB and
+more goes back to the system, and the next tensor of that size is mapped anew, page by page; `neutral`,
+glibc's with two settings (NEUTRAL below) that make it keep what is freed; `mimalloc`, as Rust's crate of
+that name has it; `jemalloc`, Debian's libjemalloc2, told to keep what is freed. The floor is a copy of as many bytes as x has.
+
+Rows that `--out` has from an earlier run stay there unless they are measured again.
 """
 
 import argparse
 import atexit
 import csv
+import ctypes.util
 import json
 import os
 import pathlib
@@ -37,13 +43,22 @@ import chart
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 NEUTRAL = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+#: Without it jemalloc, too, gives large tensors back to the system.
+JEMALLOC = "dirty_decay_ms:-1,muzzy_decay_ms:-1"
+MALLOCS = ("default", "neutral", "mimalloc", "jemalloc")
 FIGURES = ("forward", "op", "step")
 #: Who is timed for a figure; the first is the one whose ratios to the others are reported.
 CONTENDERS = {
     "forward": ("candle-norm", "torch", "onnxruntime", "candle-nn", "copy"),
     "op": ("candle-norm", "torch", "copy"),
-    "step": ("candle-norm", "torch", "candle-nn", "loss", "copy"),
+    "step": ("candle-norm", "torch", "patched", "candle-nn", "loss", "copy"),
 }
+#: The least that is timed at once, in nanoseconds.
+BATCH = 50_000
+#: The middle half of the rounds' ratios may span this factor: rounds that are further apart disagree.
+AGREE = 1.25
+#: What tells one line of the table from another.
+KEY = ("norm", "shape", "dtype", "figure", "threads", "malloc")
 
 
 class Side:
@@ -73,8 +88,8 @@ class Side:
         self.process.wait()
 
 
-def build_worker():
-    command = ["cargo", "bench", "--no-run", "--bench", "pytorch-worker", "--message-format=json"]
+def build_worker(cargo):
+    command = [*cargo, "bench", "--no-run", "--bench", "pytorch-worker", "--message-format=json"]
     lines = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
     messages = [json.loads(line) for line in lines.splitlines() if line.startswith("{")]
     return next(m["executable"] for m in messages if m.get("executable"))
@@ -84,22 +99,37 @@ def environment(threads, malloc):
     chosen = {**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
     for name in NEUTRAL:
         chosen.pop(name, None)
+    if malloc == "mimalloc":
+        made = subprocess.run([HERE / "mimalloc.sh"], check=True, stdout=subprocess.PIPE, text=True)
+        return chosen | {"LD_PRELOAD": made.stdout.strip()}
+    if malloc == "jemalloc":
+        library = ctypes.util.find_library("jemalloc")
+        if not library:
+            sys.exit("no libjemalloc: Debian's libjemalloc2 has it")
+        return chosen | {"LD_PRELOAD": library, "MALLOC_CONF": JEMALLOC}
     return chosen | (NEUTRAL if malloc == "neutral" else {})
 
 
 class Run:
     """One setting of threads and malloc."""
 
-    def __init__(self, worker, threads, malloc, options):
+    def __init__(self, workers, threads, malloc, options):
         self.threads, self.malloc, self.options = threads, malloc, options
         env = environment(threads, malloc)
-        self.candle = Side([worker], env)
+        self.candle = Side([workers["candle-norm"]], env)
         self.torch = Side([sys.executable, HERE / "torch_side.py"], env)
         self.onnx = Side([sys.executable, HERE / "onnx_side.py"], env)
+        self.patched = Side([workers["patched"]], env) if "patched" in workers else None
         self.file = pathlib.Path(tempfile.mkdtemp()) / "row.safetensors"
 
     def side(self, contender):
-        return {"torch": self.torch, "onnxruntime": self.onnx}.get(contender, self.candle)
+        sides = {"torch": self.torch, "onnxruntime": self.onnx, "patched": self.patched}
+        return sides.get(contender, self.candle)
+
+    def time(self, contender, figure, calls, batches):
+        """The worker with the patched candle is asked as the other is."""
+        name = "candle-norm" if contender == "patched" else contender
+        return self.side(contender).ask("time", name, figure, calls, batches)
 
     def rows(self):
         rows = self.candle.ask("rows")
@@ -110,6 +140,12 @@ class Run:
         self.candle.ask("open", row["id"], self.file)
         answer = self.torch.ask("open", json.dumps(row), self.file)
         self.onnx.ask("open", json.dumps(row), self.file)
+        if self.patched:
+            other = self.file.with_suffix(".patched")
+            self.patched.ask("open", row["id"], other)
+            if other.read_bytes() != self.file.read_bytes():
+                sys.exit(f"{row['id']}: the patched candle gives other numbers")
+            other.unlink()
         self.file.unlink()
         self.errors = answer["errors"]
         for who, (what, error) in self.errors.items():
@@ -117,31 +153,43 @@ class Run:
             if not error <= row["tolerance"] and (who, row["dtype"]) != ("torch", "bf16"):
                 sys.exit(f"{row['id']}: {who}'s {what} is off by {error}")
         for figure in self.options.figures:
-            times = self.rounds(figure)
-            if "torch" in times:
-                yield self.line(row, figure, times)
-
-    def rounds(self, figure):
-        """Nanoseconds a call of each contender, by round; `None` where it sat a round out."""
-        calls = {}
-        for name in CONTENDERS[figure]:
-            once = self.side(name).ask("time", name, figure, 1)
-            if "cannot" in once:
+            plan = self.plan(figure)
+            if "torch" not in plan:
                 continue
-            # The first call warms up; a second one tells how many fit a block.
-            calls[name] = max(1, min(20_000, int(self.options.block_ms * 1e6 / max(once["ns"], 1))))
-        times = {name: [] for name in calls}
+            times = {name: [] for name in plan}
+            # Rounds that disagree are given company, twice at most.
+            for _ in range(3):
+                self.rounds(figure, plan, times)
+                ours = times["candle-norm"]
+                if all(agree(times[name], ours) for name in ("torch", "patched") if name in times):
+                    break
+            yield self.line(row, figure, times)
+
+    def plan(self, figure):
+        """For each contender that has this figure, the calls of a batch and the batches of a block."""
+        once = {}
+        for name in CONTENDERS[figure]:
+            if self.side(name):
+                answers = [self.time(name, figure, 1, 3)]
+                once |= {name: answer["ns"] for answer in answers if "ns" in answer}
+        calls = {name: max(1, int(BATCH / max(ns, 1))) for name, ns in once.items()}
+        # As many batches for each, or the one with more would more often meet a quiet moment. candle-nn
+        # is tens of times slower: it takes what time allows.
+        longest = max((calls[name] * ns for name, ns in once.items() if name != "candle-nn"), default=BATCH)
+        batches = max(1, int(self.options.block_ms * 1e6 / longest))
+        return {name: (n, 1 if name == "candle-nn" else batches) for name, n in calls.items()}
+
+    def rounds(self, figure, plan, times):
+        """Adds a round's nanoseconds a call to each contender's; `None` where it sat a round out."""
         for number in range(self.options.rounds):
-            names = list(calls)
+            names = list(plan)
             turn = number % len(names)
             for name in names[turn:] + names[:turn]:
-                # candle-nn is tens of times slower: a few rounds say so as well as many.
-                if name == "candle-nn" and number >= 3:
+                # A few rounds of candle-nn say so as well as many.
+                if name == "candle-nn" and len(times[name]) >= 3:
                     times[name].append(None)
                     continue
-                ns = self.side(name).ask("time", name, figure, calls[name])["ns"]
-                times[name].append(ns / calls[name])
-        return times
+                times[name].append(self.time(name, figure, *plan[name])["ns"])
 
     def line(self, row, figure, times):
         ours = times["candle-norm"]
@@ -154,7 +202,7 @@ class Run:
             "threads": self.threads,
             "malloc": self.malloc,
         }
-        for name in ("candle-norm", "torch", "onnxruntime", "candle-nn", "loss", "copy"):
+        for name in ("candle-norm", "torch", "patched", "onnxruntime", "candle-nn", "loss", "copy"):
             known = [t for t in times.get(name, []) if t is not None]
             line[f"{name} ns"] = statistics.median(known) if known else None
         for name in ("torch", "onnxruntime", "candle-nn"):
@@ -167,11 +215,21 @@ class Run:
         if "loss" in times:
             rest = [(t, o - l) for t, o, l in zip(times["torch"], ours, times["loss"]) if o > l]
             line |= spread("net torch", [t / o for t, o in rest])
+        if "patched" in times:
+            line |= spread("patched torch", [t / p for t, p in zip(times["torch"], times["patched"])])
+        line["rounds agree"] = "yes" if agree(times["torch"], ours) else "no"
         return line
 
     def close(self):
-        for side in (self.candle, self.torch, self.onnx):
+        for side in filter(None, (self.candle, self.torch, self.onnx, self.patched)):
             side.close()
+
+
+def agree(over, under):
+    """Whether the middle half of the rounds' ratios lies close together."""
+    ratios = sorted(o / u for o, u in zip(over, under))
+    last = len(ratios) - 1
+    return ratios[-(-3 * last // 4)] <= AGREE * ratios[last // 4]
 
 
 def spread(name, ratios):
@@ -185,18 +243,23 @@ def spread(name, ratios):
     }
 
 
-def memory(worker, rows, threads):
-    """Peak memory of a training step through batch norm, each in a fresh process, in sizes of x."""
+def memory(workers, rows):
+    """What a training step through each norm keeps and its peak, each in a fresh process, in sizes of x.
+
+    malloc maps each block of 64 KiB and more anew, and returns it when it is freed: what is resident is
+    what is in use. (With malloc as it comes, a block may lie in memory that was resident already.)
+    """
     lines = []
-    env = environment(threads, "default")
+    env = environment(2, "default") | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
+    largest = {}
     for row in rows:
-        if row["norm"] != "BatchNorm" or row["bytes"] < 4_000_000:
-            continue
-        commands = {
-            "candle-norm": [worker, "memory", "candle-norm", row["id"]],
-            "candle-nn": [worker, "memory", "candle-nn", row["id"]],
-            "torch": [sys.executable, HERE / "torch_side.py", "memory", json.dumps(row)],
-        }
+        key = (row["norm"], row["dtype"])
+        if row["norm"] != "BatchNorm eval" and row["bytes"] > largest.get(key, {"bytes": 0})["bytes"]:
+            largest[key] = row
+    for row in largest.values():
+        commands = {name: [worker, "memory", "candle-norm", row["id"]] for name, worker in workers.items()}
+        commands["candle-nn"] = [workers["candle-norm"], "memory", "candle-nn", row["id"]]
+        commands["torch"] = [sys.executable, HERE / "torch_side.py", "memory", json.dumps(row)]
         for name, command in commands.items():
             done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
             if done.returncode:
@@ -215,7 +278,7 @@ def memory(worker, rows, threads):
 
 HEADER = (
     f"{'norm':<14} {'shape':<13} {'dtype':<5} {'figure':<8} {'threads':>7} {'malloc':<8} {'candle-norm':>11} {'torch':>10}"
-    f"   {'torch / candle-norm':<20} {'net':>5} {'onnx':>5} {'candle-nn':>9} {'/ floor':>7}"
+    f"   {'torch / candle-norm':<20} {'net':>5} {'patched':>7} {'onnx':>5} {'candle-nn':>9} {'/ floor':>7}"
 )
 
 
@@ -230,7 +293,8 @@ def show(line):
     print(
         f"{line['norm']:<14} {line['shape']:<13} {line['dtype']:<5} {line['figure']:<8} {line['threads']:>7} {line['malloc']:<8}"
         f" {time_of(line['candle-norm ns']):>11} {time_of(line['torch ns']):>10}   {spread_of_torch:<20}"
-        f" {number('net torch ratio'):>5} {number('onnxruntime ratio'):>5} {number('candle-nn ratio'):>9} {number('floor ratio'):>7}",
+        f" {number('net torch ratio'):>5} {number('patched torch ratio'):>7} {number('onnxruntime ratio'):>5}"
+        f" {number('candle-nn ratio'):>9} {number('floor ratio'):>7} {'' if line['rounds agree'] == 'yes' else '?'}",
         flush=True,
     )
 
@@ -244,16 +308,54 @@ def write_csv(path, lines):
             writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()})
 
 
+def merged(path, measured, rows):
+    """The lines of an earlier run with the measured ones in their places, in the order of the rows."""
+    key = lambda line: tuple(str(line[name]) for name in KEY)
+    lines = {}
+    if path.exists():
+        with open(path, newline="") as file:
+            lines = {key(line): line for line in csv.DictReader(file)}
+    lines |= {key(line): line for line in measured}
+    order = [(row["norm"], "x".join(map(str, row["shape"])), row["dtype"]) for row in rows]
+    place = lambda line: (
+        int(line["threads"]),
+        MALLOCS.index(line["malloc"]),
+        order.index((line["norm"], line["shape"], line["dtype"])),
+        FIGURES.index(line["figure"]),
+    )
+    known = [line for line in lines.values() if (line["norm"], line["shape"], line["dtype"]) in order]
+    return sorted(known, key=place)
+
+
+def summary(lines):
+    """Of all rows in the file, PyTorch's time over candle-norm's, as the README has it."""
+    columns = {"forward": ("forward", "torch"), "op": ("op", "torch"), "step": ("step", "torch")}
+    columns["step, candle patched"] = ("step", "patched torch")
+    out = "\n| threads, malloc, dtype | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns)
+    for group in dict.fromkeys((str(x["threads"]), x["malloc"], x["dtype"]) for x in lines):
+        cells = []
+        for figure, who in columns.values():
+            of = [x for x in lines if (str(x["threads"]), x["malloc"], x["dtype"], x["figure"]) == (*group, figure)]
+            ratios = [float(x[f"{who} ratio"]) for x in of if x.get(f"{who} ratio")]
+            ahead = sum(ratio >= 1 for ratio in ratios)
+            cells.append(
+                f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.1f}), {ahead} of {len(ratios)} ahead" if ratios else ""
+            )
+        out += f"\n| {', '.join(group)} | " + " | ".join(cells) + " |"
+    return out
+
+
 def options():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="words that a row's name must have, such as LayerNorm bf16")
     parser.add_argument("--threads", type=int, nargs="+", default=[2], help="1, 2 or both (default 2)")
-    parser.add_argument("--malloc", nargs="+", choices=["default", "neutral"], default=["default", "neutral"])
+    parser.add_argument("--malloc", nargs="+", choices=MALLOCS, default=["default", "neutral"])
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block-ms", type=float, default=25.0, help="how long a block of calls should take")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "target" / "pytorch")
-    parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory of batch norm")
+    parser.add_argument("--patched", action="store_true", help="take the step with a patched candle-core too")
+    parser.add_argument("--memory", action="store_true", help="take the memory of a step, and no times")
     return parser.parse_args()
 
 
@@ -261,30 +363,39 @@ def main():
     # Ends through atexit, as everything else that ends this program does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     chosen = options()
-    worker = build_worker()
+    workers = {"candle-norm": build_worker(["cargo"])}
+    if chosen.patched:
+        workers["patched"] = build_worker([HERE.parent / "patched-candle.sh"])
     chosen.out.mkdir(parents=True, exist_ok=True)
     start = time.time()
-    lines, rows = [], []
+    if chosen.memory:
+        print("memory of a training step, above x, its gradient and the parameters:")
+        rows = Run(workers, 2, "default", chosen).rows()
+        write_csv(chosen.out / "memory.csv", memory(workers, rows))
+    else:
+        measure(workers, chosen)
+    print(f"\n{time.time() - start:.0f} s; written to {chosen.out}")
+
+
+def measure(workers, chosen):
+    lines = []
     for threads in chosen.threads:
         for malloc in chosen.malloc:
             print(f"\n{platform.machine()}, {threads} threads, {malloc} malloc; ratios: median (min-max)\n{HEADER}")
-            run = Run(worker, threads, malloc, chosen)
-            rows = run.rows()
-            for row in rows:
+            run = Run(workers, threads, malloc, chosen)
+            every_row = run.candle.ask("rows")
+            for row in run.rows():
                 for line in run.measure(row):
                     lines.append(line)
                     show(line)
             run.close()
+    lines = merged(chosen.out / "pytorch.csv", lines, every_row)
     write_csv(chosen.out / "pytorch.csv", lines)
-    for threads in chosen.threads:
-        for malloc in chosen.malloc:
-            here = [x for x in lines if (x["threads"], x["malloc"]) == (threads, malloc)]
-            name = f"pytorch-{threads}-threads-{malloc}.svg"
-            (chosen.out / name).write_text(chart.svg(here, f"{threads} threads, {malloc} malloc"))
-    if not chosen.no_memory:
-        print("\nmemory of a training step through batch norm, above x, its gradient and the parameters:")
-        write_csv(chosen.out / "memory.csv", memory(worker, rows, chosen.threads[-1]))
-    print(f"\n{time.time() - start:.0f} s; written to {chosen.out}")
+    print(summary(lines))
+    for setting in dict.fromkeys((int(line["threads"]), line["malloc"]) for line in lines):
+        here = [line for line in lines if (int(line["threads"]), line["malloc"]) == setting]
+        threads, malloc = setting
+        (chosen.out / f"pytorch-{threads}-threads-{malloc}.svg").write_text(chart.svg(here, threads, malloc))
 
 
 if __name__ == "__main__":

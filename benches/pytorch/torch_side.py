@@ -6,21 +6,23 @@
 import json
 import os
 import sys
-import time
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from batches import fastest
+
 aten = torch.ops.aten
+NAMES = {"f32": "float32", "bf16": "bfloat16"}
 
 
 class Open:
     """A row that is being measured."""
 
-    def __init__(self, row, file):
+    def __init__(self, row, tensors):
         self.row = row
-        self.t = load_file(file)
+        self.t = tensors
         for name in self.tracked():
             self.t[name].requires_grad_()
 
@@ -138,7 +140,7 @@ class Open:
             errors[who] = worst
         return {"errors": errors}
 
-    def time(self, figure, calls):
+    def time(self, figure, calls, batches):
         if figure == "forward":
             arguments = self.arguments(tracked=False)
             call = lambda: self.forward(*arguments)
@@ -148,10 +150,7 @@ class Open:
             call = self.op() if figure == "op" else self.step()
         with torch.set_grad_enabled(figure != "forward"):
             call()
-            start = time.perf_counter_ns()
-            for _ in range(calls):
-                call()
-            return time.perf_counter_ns() - start
+            return fastest(call, calls, batches)
 
 
 def memory(row):
@@ -161,17 +160,22 @@ def memory(row):
         with open("/proc/self/status") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[row["dtype"]]
-    x = torch.randn(row["shape"]).to(dtype).requires_grad_()
-    dy = torch.randn(row["shape"]).to(dtype)
-    norm = torch.nn.BatchNorm2d(row["shape"][1], eps=row["eps"], momentum=row["momentum"])
-    norm(x.detach()[:1])
+    dtype, param_dtype = (getattr(torch, NAMES[row[key]]) for key in ("dtype", "param_dtype"))
+    shape, n = row["shape"], row["params"]
+    tensors = {"x": torch.randn(shape).to(dtype), "dy": torch.randn(shape).to(dtype)}
+    names = ("weight", "bias") if row["norm"] != "RMSNorm" else ("weight",)
+    tensors |= {name: torch.randn(n).to(param_dtype) for name in names}
+    tensors |= {"running_mean": torch.zeros(n), "running_var": torch.ones(n)}
+    opened = Open(row, tensors)
+    x, weight, bias = opened.arguments(tracked=True)
+    # Thread pools and the like exist before the measured step.
+    opened.forward(torch.randn([1, *shape[1:]]).to(dtype), weight.detach(), None if bias is None else bias.detach())
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = status("VmRSS")
-    y = norm(x)
+    y = opened.forward(x, weight, bias)
     kept = status("VmRSS") - before
-    y.backward(dy)
+    y.backward(tensors["dy"])
     return {"x": row["bytes"], "kept": kept, "peak": status("VmHWM") - before}
 
 
@@ -180,17 +184,19 @@ def main():
     if sys.argv[1:2] == ["memory"]:
         print(json.dumps(memory(json.loads(sys.argv[2]))))
         return
+    # As `settle` of benches/cases/memory.rs.
+    torch.ones((32 << 20) - (64 << 10), dtype=torch.uint8)
     opened = None
     for line in sys.stdin:
         words = line.rstrip("\n").split("\t")
         if words[0] == "open":
             opened = None
-            opened = Open(json.loads(words[1]), words[2])
+            opened = Open(json.loads(words[1]), load_file(words[2]))
             answer = opened.compare()
         else:
-            _, _, figure, calls = words
+            _, _, figure, calls, batches = words
             try:
-                answer = {"ns": opened.time(figure, int(calls))}
+                answer = {"ns": opened.time(figure, int(calls), int(batches))}
             except NotImplementedError as error:
                 answer = {"cannot": str(error)}
         print(json.dumps(answer), flush=True)

@@ -2,9 +2,10 @@
 //!
 //! `compare.py` starts it beside a process that does the same with PyTorch, and lets one run at a
 //! time. Each line of standard input is a command; each gets one line of JSON. `memory CONTENDER ROW`
-//! as arguments instead measures one training step in this process and prints its peak.
+//! as arguments instead measures one training step in this process and prints what it kept and its peak.
 
 #[path = "../cases/mod.rs"]
+#[allow(dead_code)] // the other benchmarks use the rest
 mod cases;
 
 use anyhow::{bail, Context, Result};
@@ -13,12 +14,12 @@ use candle_norm::__bench::{Kind, RecordedOp};
 use cases::contenders::{self, Layer, Mode};
 use cases::copy::Copy;
 use cases::inputs::Inputs;
+use cases::rounds::fastest;
 use cases::{Norm, Row};
 use serde_json::{json, Value};
 use std::collections::HashMap;
 use std::hint::black_box;
 use std::io::{BufRead, Write};
-use std::time::Instant;
 
 fn main() -> Result<()> {
     // Cargo appends its own option.
@@ -29,6 +30,7 @@ fn main() -> Result<()> {
             return Ok(());
         }
     }
+    cases::memory::settle();
     let mut open: Option<Open> = None;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
@@ -43,9 +45,9 @@ fn main() -> Result<()> {
                 open = Some(opened);
                 json!({})
             }
-            ["time", contender, figure, calls] => {
+            ["time", contender, figure, calls, batches] => {
                 let open = open.as_mut().context("no row is open")?;
-                match open.time(contender, figure, calls.parse()?) {
+                match open.time(contender, figure, (calls.parse()?, batches.parse()?)) {
                     Ok(ns) => json!({ "ns": ns }),
                     Err(error) => json!({ "cannot": error.to_string() }),
                 }
@@ -74,6 +76,8 @@ fn describe(row: &Row) -> Value {
         "shape": row.case.shape,
         "model": row.case.model,
         "dtype": row.dtype.as_str(),
+        "params": row.case.norm.params(row.case.shape),
+        "param_dtype": row.param_dtype().as_str(),
         "bytes": row.bytes(),
         "eps": contenders::EPS,
         "momentum": contenders::MOMENTUM,
@@ -123,8 +127,8 @@ impl Open {
         }
     }
 
-    /// Nanoseconds that `calls` calls take, after one that is not counted.
-    fn time(&mut self, contender: &str, figure: &str, calls: usize) -> Result<u64> {
+    /// Nanoseconds a call of the fastest of some batches of calls, after one that is not counted.
+    fn time(&mut self, contender: &str, figure: &str, calls: (usize, usize)) -> Result<f64> {
         let (row, inputs) = (&self.row, &self.inputs);
         let mode = if figure == "forward" { Mode::Forward } else { Mode::ForwardBackward };
         let x = contenders::input(inputs, mode);
@@ -192,16 +196,14 @@ fn alone(row: &Row, inputs: &Inputs) -> Result<RecordedOp> {
     Ok(RecordedOp::new(kind, &inputs.x, Some(&inputs.weight), bias, contenders::EPS)?)
 }
 
-fn time(calls: usize, mut call: impl FnMut() -> Result<()>) -> Result<u64> {
+fn time((calls, batches): (usize, usize), mut call: impl FnMut() -> Result<()>) -> Result<f64> {
     call()?;
-    let start = Instant::now();
-    for _ in 0..calls {
-        call()?;
-    }
-    Ok(start.elapsed().as_nanos() as u64)
+    fastest(&mut call, calls, batches)
 }
 
 /// Bytes that a training step adds to the process: kept between forward and backward, and at most.
+///
+/// Resident memory is what is in use only where malloc returns all that is freed: `compare.py` sees to it.
 fn memory(contender: &str, row: &Row) -> Result<Value> {
     let inputs = Inputs::new(row)?;
     let mode = Mode::ForwardBackward;
@@ -211,9 +213,9 @@ fn memory(contender: &str, row: &Row) -> Result<Value> {
         _ => bail!("unknown contender {contender}"),
     };
     // Thread pools and the like exist before the measured step.
-    let small =
-        Tensor::rand(0f32, 1., row.case.shape, inputs.x.device())?.narrow(0, 0, 1)?.to_dtype(row.dtype)?;
-    layer(&small)?;
+    let mut one = row.case.shape.to_vec();
+    one[0] = 1;
+    layer(&Tensor::rand(0f32, 1., one, inputs.x.device())?.to_dtype(row.dtype)?)?;
     // Resets the peak to what is resident now.
     std::fs::write("/proc/self/clear_refs", "5")?;
     let before = status("VmRSS")?;
