@@ -16,7 +16,7 @@ mod net;
 use anyhow::Result;
 use candle_core::{DType, Device, ModuleT, D};
 use candle_nn::{Optimizer, VarBuilder, VarMap, SGD};
-use chart::{Axes, Line};
+use chart::{Axes, Line, Scale};
 use clap::{Parser, ValueEnum};
 use data::Digits;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -42,10 +42,10 @@ struct Args {
     /// Step of the gradient descent at 32 images; scaled with the batch size, halved cosine over the epochs
     #[arg(long, default_value_t = 0.1)]
     learning_rate: f64,
-    /// Seed of the split, the initial weights and the order of the images
+    /// First seed of the split, the initial weights and the order of the images
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// Seeds in a sweep, whose errors are averaged
+    /// Seeds, over whose trainings the curves and errors are averaged
     #[arg(long, default_value_t = 3)]
     seeds: u64,
     /// Folder for the pictures
@@ -137,22 +137,40 @@ fn accuracy(net: &Net, digits: &Digits) -> Result<f64> {
 fn every_norm(args: &Args) -> Result<()> {
     let (mut losses, mut accuracies) = (vec![], vec![]);
     for &kind in or(&args.norm, NormKind::value_variants()) {
-        let run = Run { kind, blocks: 3, batch_size: args.batch_size, seed: args.seed, args };
-        let curves = run.train()?;
+        let (mut loss, mut accuracy) = (vec![0.; args.epochs], vec![0.; args.epochs]);
+        for seed in args.seed..args.seed + args.seeds {
+            let curves = Run { kind, blocks: 3, batch_size: args.batch_size, seed, args }.train()?;
+            add(&mut loss, &curves.loss, args.seeds);
+            add(&mut accuracy, &curves.accuracy, args.seeds);
+        }
+        let last = accuracy.last().copied().unwrap_or(0.);
+        println!("{}: test accuracy {last:.2}%, mean of {} seeds", kind.name(), args.seeds);
         let line = |values: Vec<f64>| {
             let points = values.into_iter().enumerate().map(|(i, y)| (i as f64 + 1., y)).collect();
             Line { name: kind.name().to_string(), points }
         };
-        losses.push(line(curves.loss));
-        accuracies.push(line(curves.accuracy));
+        losses.push(line(loss));
+        accuracies.push(line(accuracy));
     }
     let every = args.epochs.div_ceil(8);
     let ticks: Vec<_> = (1..=args.epochs).step_by(every).map(|e| (e as f64, e.to_string())).collect();
-    let title = "Handwritten digits, one network with each norm";
-    let axes = Axes { title, x: "epoch", y: "training loss, logarithmic", ticks, log: true };
+    let title = &format!("Handwritten digits, one network with each norm, {}", seeds(args));
+    let axes = Axes { title, x: "epoch", y: "training loss, logarithmic", ticks, scale: Scale::Logarithmic };
     write(args, "loss", &axes, &losses)?;
-    let axes = Axes { y: "test accuracy (%)", log: false, ..axes };
+    let axes = Axes { y: "test accuracy (%)", scale: Scale::Linear, ..axes };
     write(args, "accuracy", &axes, &accuracies)
+}
+
+/// Adds a training's part to the mean over the seeds.
+fn add(mean: &mut [f64], values: &[f64], seeds: u64) {
+    mean.iter_mut().zip(values).for_each(|(mean, value)| *mean += value / seeds as f64);
+}
+
+fn seeds(args: &Args) -> String {
+    match args.seeds {
+        1 => format!("seed {}", args.seed),
+        n => format!("mean of {n} seeds"),
+    }
 }
 
 /// Trains at several batch sizes; the chart shows the error after the last epoch.
@@ -176,8 +194,8 @@ fn sweep(args: &Args) -> Result<()> {
         lines.push(Line { name: format!("{} norm", kind.name()), points });
     }
     let ticks = sizes.iter().enumerate().map(|(i, size)| (i as f64, size.to_string())).collect();
-    let title = "Handwritten digits, error by batch size";
-    let axes = Axes { title, x: "images in a batch", y: "test error (%)", ticks, log: false };
+    let title = &format!("Handwritten digits, error by batch size, {}", seeds(args));
+    let axes = Axes { title, x: "images in a batch", y: "test error (%)", ticks, scale: Scale::FromZero };
     write(args, "batch-size", &axes, &lines)
 }
 

@@ -8,11 +8,12 @@ use plotters::style::text_anchor::{HPos, Pos, VPos};
 use std::path::Path;
 
 /// Okabe and Ito's colours, which colour-blind readers tell apart.
-const COLOURS: [RGBColor; 5] = [
+const COLOURS: [RGBColor; 6] = [
     RGBColor(0, 114, 178),
     RGBColor(213, 94, 0),
     RGBColor(0, 158, 115),
     RGBColor(204, 121, 167),
+    RGBColor(86, 180, 233),
     RGBColor(90, 90, 90),
 ];
 const INK: RGBColor = RGBColor(60, 60, 60);
@@ -31,14 +32,26 @@ pub struct Axes<'a> {
     pub y: &'a str,
     /// Ticks of the x axis, and their labels.
     pub ticks: Vec<(f64, String)>,
-    /// Whether the y axis is logarithmic.
-    pub log: bool,
+    pub scale: Scale,
+}
+
+/// What the y axis is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Scale {
+    Linear,
+    /// Linear, with the line of zero at its bottom.
+    FromZero,
+    Logarithmic,
 }
 
 /// Draws `lines` into an SVG file at `path`; each line's name stands at its right end.
 pub fn draw(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
-    let height = |y: f64| if axes.log { y.log10() } else { y };
-    let (xs, ys) = (bounds(lines, |p| p.0), bounds(lines, |p| height(p.1)));
+    let log = axes.scale == Scale::Logarithmic;
+    let height = |y: f64| if log { y.log10() } else { y };
+    let (xs, mut ys) = (bounds(lines, |p| p.0), bounds(lines, |p| height(p.1)));
+    if axes.scale == Scale::FromZero {
+        ys.0 = 0.;
+    }
     let root = SVGBackend::new(path, (720, 440)).into_drawing_area();
     root.fill(&WHITE)?;
     let text = |size: u32, colour: &RGBColor| ("sans-serif", size).into_font().color(colour);
@@ -50,7 +63,7 @@ pub fn draw(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
     let (left, bottom) = chart.backend_coord(&(xs.0, ys.0));
     let (right, _) = chart.backend_coord(&(xs.1, ys.0));
 
-    for (y, label) in y_ticks(ys, axes.log) {
+    for (y, label) in y_ticks(ys, log) {
         let (_, py) = chart.backend_coord(&(xs.0, height(y)));
         root.draw(&PathElement::new(vec![(left, py), (right, py)], GRID.stroke_width(1)))?;
         root.draw(&Text::new(label, (left - 8, py), aligned(HPos::Right, VPos::Center)))?;
@@ -68,9 +81,11 @@ pub fn draw(path: &Path, axes: &Axes, lines: &[Line]) -> Result<()> {
         chart.draw_series(LineSeries::new(points(), colour.stroke_width(2)))?;
         chart.draw_series(points().map(|point| Circle::new(point, 3, colour.filled())))?;
     }
-    for (name, colour, py) in names(lines, |y| chart.backend_coord(&(xs.1, height(y))).1) {
+    for (name, colour, end, py) in names(lines, |(x, y)| chart.backend_coord(&(x, height(y)))) {
+        let leader = vec![end, (right + 2, end.1), (right + 22, py), (right + 28, py)];
+        root.draw(&PathElement::new(leader, colour.mix(0.5).stroke_width(1)))?;
         let centred = text(15, &colour).pos(Pos::new(HPos::Left, VPos::Center));
-        root.draw(&Text::new(name, (right + 10, py), centred))?;
+        root.draw(&Text::new(name, (right + 32, py), centred))?;
     }
     root.present()?;
     Ok(())
@@ -98,22 +113,29 @@ fn bounds(lines: &[Line], value: impl Fn(&(f64, f64)) -> f64) -> (f64, f64) {
     (low - room, high + room)
 }
 
-/// The lines' names at the heights of their last points, moved apart where they would overlap.
-fn names(lines: &[Line], height: impl Fn(f64) -> i32) -> Vec<(String, RGBColor, i32)> {
+/// The lines' names, where each line ends, and a height for its name: the end's, moved where names would
+/// overlap.
+fn names(
+    lines: &[Line],
+    place: impl Fn((f64, f64)) -> (i32, i32),
+) -> Vec<(String, RGBColor, (i32, i32), i32)> {
     const APART: i32 = 17;
-    let last = |line: &Line| line.points.last().map(|point| height(point.1));
+    let end = |line: &Line| line.points.last().map(|&point| place(point));
     let mut names: Vec<_> = lines
         .iter()
         .zip(COLOURS)
-        .filter_map(|(line, colour)| Some((line.name.clone(), colour, last(line)?)))
+        .filter_map(|(line, colour)| {
+            let end = end(line)?;
+            Some((line.name.clone(), colour, end, end.1))
+        })
         .collect();
-    names.sort_by_key(|name| name.2);
+    names.sort_by_key(|name| name.3);
     // Each pass moves every overlapping pair apart, half the way each.
     for _ in 0..100 {
         for i in 1..names.len() {
-            let overlap = (names[i - 1].2 + APART - names[i].2).max(0);
-            names[i - 1].2 -= overlap / 2;
-            names[i].2 += overlap - overlap / 2;
+            let overlap = (names[i - 1].3 + APART - names[i].3).max(0);
+            names[i - 1].3 -= overlap / 2;
+            names[i].3 += overlap - overlap / 2;
         }
     }
     names

@@ -5,7 +5,8 @@ use candle_core::{Device, Module, ModuleT, Tensor};
 use candle_nn::{conv2d, linear, Conv2d, Conv2dConfig, Linear, VarBuilder, VarMap};
 use candle_norm::instance_norm::{instance_norm2d, InstanceNormOptions};
 use candle_norm::layer_norm::LayerNormOptions;
-use candle_norm::{batch_norm, group_norm, BatchNorm, GroupNorm, InstanceNorm, LayerNorm};
+use candle_norm::rms_norm::RmsNormOptions;
+use candle_norm::{batch_norm, group_norm, BatchNorm, GroupNorm, InstanceNorm, LayerNorm, RmsNorm};
 use clap::ValueEnum;
 use rand::{rngs::StdRng, Rng};
 
@@ -14,6 +15,7 @@ pub enum NormKind {
     Batch,
     Group,
     Layer,
+    Rms,
     Instance,
     None,
 }
@@ -24,6 +26,7 @@ impl NormKind {
             Self::Batch => "batch",
             Self::Group => "group",
             Self::Layer => "layer",
+            Self::Rms => "RMS",
             Self::Instance => "instance",
             Self::None => "none",
         }
@@ -35,6 +38,7 @@ enum Norm {
     Batch(BatchNorm),
     Group(GroupNorm),
     Layer(LayerNorm),
+    Rms(RmsNorm),
     Instance(InstanceNorm),
     None,
 }
@@ -46,6 +50,7 @@ impl Norm {
             NormKind::Batch => Self::Batch(batch_norm(channels, 1e-5, vb)?),
             NormKind::Group => Self::Group(group_norm(8, channels, 1e-5, vb)?),
             NormKind::Layer => Self::Layer(LayerNorm::with_options(shape, LayerNormOptions::default(), vb)?),
+            NormKind::Rms => Self::Rms(RmsNorm::with_options(shape, RmsNormOptions::default(), vb)?),
             NormKind::Instance => {
                 Self::Instance(instance_norm2d(channels, InstanceNormOptions::default().affine(true), vb)?)
             }
@@ -60,6 +65,7 @@ impl ModuleT for Norm {
             Self::Batch(norm) => norm.forward_t(x, train),
             Self::Group(norm) => norm.forward(x),
             Self::Layer(norm) => norm.forward(x),
+            Self::Rms(norm) => norm.forward(x),
             Self::Instance(norm) => norm.forward(x),
             Self::None => Ok(x.clone()),
         }

@@ -179,3 +179,26 @@ fn half_precision_is_rounded_once() -> Result<()> {
     }
     Ok(())
 }
+
+/// What README.md says of candle-nn's LayerNorm, whose variance is a difference of two large numbers.
+#[test]
+fn candle_nn_is_off_at_a_mean_of_a_hundred() -> Result<()> {
+    let (rows, n) = (256, 1024);
+    let x = common::tensor(&data(10, rows * n, 100.0, 1.0), &[rows, n], DType::F32)?;
+    let (weight, bias) = (x.ones_like()?.get(0)?, x.zeros_like()?.get(0)?);
+    let worst = |y: Result<candle_core::Tensor>| -> Result<f64> {
+        let (x, y) = (values(&x), values(&y?));
+        let off = x.chunks(n).zip(y.chunks(n)).flat_map(|(x, y)| {
+            let mean = x.iter().sum::<f64>() / n as f64;
+            let var = x.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / n as f64;
+            let rstd = 1.0 / (var + 1e-5).sqrt();
+            x.iter().zip(y).map(move |(x, y)| ((x - mean) * rstd - y).abs())
+        });
+        Ok(off.fold(0.0, f64::max))
+    };
+    let theirs = worst(candle_nn::ops::layer_norm(&x, &weight, &bias, 1e-5))?;
+    let ours = worst(candle_norm::ops::layer_norm(&x, &weight, &bias, 1e-5))?;
+    println!("largest error at a mean of 100: candle-nn {theirs:.1e}, candle-norm {ours:.1e}");
+    assert!(theirs > 0.01 && ours < 1e-5, "candle-nn {theirs:e}, candle-norm {ours:e}");
+    Ok(())
+}
