@@ -7,7 +7,7 @@
 #[allow(dead_code)] // the other benchmarks use the rest
 mod rounds;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{DType, Device, Error, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use candle_norm::distributed::{LocalGroup, ProcessGroup};
 use candle_norm::{BatchNorm, BatchNormOptions, ModuleT};
@@ -68,9 +68,9 @@ fn collectives(ranks: usize, channels: usize, rounds: usize) -> Result<[f64; 2]>
         for _ in 0..rounds {
             // As many calls on every rank: each waits for the others.
             let mut gather = || Ok(group.all_gather("bench", &statistics).map(|_| ())?);
-            times.push(0, fastest(&mut gather, 5, 2)?);
+            times.push(0, fastest(&mut gather, 5, 2).map_err(Error::wrap)?);
             let mut sum = || Ok(group.all_reduce_sum("bench", &sums).map(|_| ())?);
-            times.push(1, fastest(&mut sum, 5, 2)?);
+            times.push(1, fastest(&mut sum, 5, 2).map_err(Error::wrap)?);
         }
         Ok(["gather", "sum"].map(|name| times.time(name).map_or(f64::NAN, |time| time.median / 1e3)))
     });
@@ -96,7 +96,7 @@ fn steps(ranks: usize, dims: [usize; 4], rounds: usize) -> Result<[f64; 2]> {
             // Both start with all ranks ready, and all ranks compute at once in both.
             for (i, layer) in [&plain, &sync].into_iter().enumerate() {
                 together()?;
-                times.push(i, fastest(&mut || Ok(step(layer, &x, &dy)?), 1, 1)?);
+                times.push(i, fastest(&mut || Ok(step(layer, &x, &dy)?), 1, 1).map_err(Error::wrap)?);
             }
         }
         Ok(["plain", "sync"].map(|name| times.time(name).map_or(f64::NAN, |time| time.median / 1e6)))
