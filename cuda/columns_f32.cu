@@ -4,7 +4,7 @@
 #define SUFFIX f32
 #include "entries.cuh"
 
-NORM_BOTH(column_moments, 256)
-NORM_BOTH(column_forward, 256)
-NORM_BOTH(column_sums, 256)
-NORM_BOTH(column_backward, 256)
+NORM_BOTH(column_moments, 256, 3)
+NORM_BOTH(column_forward, 256, 3)
+NORM_BOTH(column_sums, 256, 2)
+NORM_BOTH(column_backward, 256, 2)

@@ -1,9 +1,16 @@
-// Elements: accumulation types, conversions, 16-byte packs, parameters of any dtype.
+// Elements: accumulation types, conversions, packs of up to 16 bytes, parameters of any dtype.
 //
 // A pack stays packed in registers and is widened where it is used: half the registers of widened
 // 16-bit values, for a conversion that costs nothing beside the memory.
 #pragma once
 #include "params.cuh"
+
+#ifdef NORM_EMULATION
+using std::erfc;
+using std::exp;
+#endif
+// A function that stays one, where copies of it would be most of a kernel.
+#define NORM_CALL __attribute__((noinline))
 
 template <class T> struct Accumulator { using type = float; };
 template <> struct Accumulator<double> { using type = double; };
@@ -27,10 +34,68 @@ template <> struct Raw<4> { using type = u32; };
 template <> struct Raw<8> { using type = u64; };
 template <> struct Raw<16> { using type = uint4; };
 
+// Memory that no kernel of this launch writes. Said to the compiler, which may then load it ahead of a
+// store: plain pointers could be the same memory.
+template <class R> __device__ inline R load_constant(const R* from) {
+#ifdef NORM_EMULATION
+    return *from;
+#else
+    return __ldg(from);
+#endif
+}
+
+// Asks for the line of an address, to come into the L1 cache.
+__device__ inline void prefetch(const void* at) {
+#ifndef NORM_EMULATION
+    asm volatile("prefetch.global.L1 [%0];" ::"l"(at));
+#endif
+}
+
+#if !defined(NORM_EMULATION) && (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800)
+constexpr bool HAS_COPIES = true;
+#else
+constexpr bool HAS_COPIES = false;
+#endif
+
+// Copies BYTES from global to shared memory, past the registers where the device can (8.0 and up): any
+// number are in flight at once. Complete after `copies_done` in the thread that asked for them.
+template <int BYTES> __device__ inline void copy_async(void* shared, const void* global) {
+    using R = typename Raw<BYTES>::type;
+#if !defined(NORM_EMULATION) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (BYTES >= 4) {
+        const u32 to = u32(__cvta_generic_to_shared(shared));
+        if constexpr (BYTES == 16) {
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
+        } else {
+            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
+        }
+        return;
+    }
+#endif
+    *static_cast<R*>(shared) = load_constant(static_cast<const R*>(global));
+}
+
+// What was asked for so far is a batch.
+__device__ inline void copies_batch() {
+#if !defined(NORM_EMULATION) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Waits until at most `PENDING` of the youngest batches are under way.
+template <int PENDING = 0> __device__ inline void copies_done() {
+#if !defined(NORM_EMULATION) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
 // V neighbouring elements, loaded and stored in one access.
 template <class T, int V> struct Pack {
-    typename Raw<sizeof(T) * V>::type raw;
+    static constexpr int BYTES = int(sizeof(T)) * V;
+    typename Raw<BYTES>::type raw;
 
+    // From memory that the launch does not write.
+    __device__ void fetch(const T* from) { raw = load_constant(reinterpret_cast<const decltype(raw)*>(from)); }
     __device__ void load(const T* from) { raw = *reinterpret_cast<const decltype(raw)*>(from); }
     __device__ void store(T* to) const { *reinterpret_cast<decltype(raw)*>(to) = raw; }
 
@@ -40,10 +105,6 @@ template <class T, int V> struct Pack {
 #pragma unroll
         for (int v = 0; v < V; ++v) values[v] = widen<A>(elements[v]);
     }
-    template <class A> __device__ void read(const T* from, A (&values)[V]) {
-        load(from);
-        get(values);
-    }
     template <class A> __device__ void set(const A (&values)[V]) {
         T elements[V];
 #pragma unroll
@@ -52,17 +113,42 @@ template <class T, int V> struct Pack {
     }
 };
 
+template <class T, int V, class A> __device__ inline void fetch(const T* from, A (&values)[V]) {
+    Pack<T, V> pack;
+    pack.fetch(from);
+    pack.get(values);
+}
+
+template <class T, int V, class A> __device__ inline void load(const T* from, A (&values)[V]) {
+    Pack<T, V> pack;
+    pack.load(from);
+    pack.get(values);
+}
+
+template <class T, int V, class A> __device__ inline void store(T* to, const A (&values)[V]) {
+    Pack<T, V> pack;
+    pack.set(values);
+    pack.store(to);
+}
+
+template <class P, class A> __device__ inline A element_at(const void* from, u64 i) {
+    A value[1];
+    fetch<P, 1>(static_cast<const P*>(from) + i, value);
+    return value[0];
+}
+
 // Parameters come in any dtype, known by a code that is the same for all threads.
 template <class A> __device__ inline A load_param(const void* from, u32 dtype, u64 i) {
     switch (dtype) {
-    case 0: return A(static_cast<const float*>(from)[i]);
-    case 1: return widen<A>(static_cast<const __half*>(from)[i]);
-    case 2: return widen<A>(static_cast<const __nv_bfloat16*>(from)[i]);
-    default: return A(static_cast<const double*>(from)[i]);
+    case 0: return element_at<float, A>(from, i);
+    case 1: return element_at<__half, A>(from, i);
+    case 2: return element_at<__nv_bfloat16, A>(from, i);
+    default: return element_at<double, A>(from, i);
     }
 }
 
-template <class A> __device__ inline void store_param(void* to, u32 dtype, u64 i, A value) {
+// A call, since it stands beside every gradient of a parameter that a thread has.
+template <class A> __device__ NORM_CALL void store_param(void* to, u32 dtype, u64 i, A value) {
     switch (dtype) {
     case 0: static_cast<float*>(to)[i] = narrow<float>(value); break;
     case 1: static_cast<__half*>(to)[i] = narrow<__half>(value); break;
@@ -76,27 +162,20 @@ template <class P, int V, class A> __device__ inline void load_params_as(const v
     constexpr int STEP = V * sizeof(P) <= 16 ? V : int(16 / sizeof(P));
 #pragma unroll
     for (int at = 0; at < V; at += STEP) {
-        Pack<P, STEP> pack;
-        pack.load(static_cast<const P*>(from) + i + at);
         A part[STEP];
-        pack.get(part);
+        fetch<P, STEP>(static_cast<const P*>(from) + i + at, part);
 #pragma unroll
         for (int v = 0; v < STEP; ++v) to[at + v] = part[v];
     }
 }
 
-template <int V, class A>
-__device__ inline void load_neighbours(const void* from, u32 dtype, bool aligned, u64 i, A (&to)[V]) {
-    if (V > 1 && aligned) {
-        switch (dtype) {
-        case 0: load_params_as<float>(from, i, to); return;
-        case 1: load_params_as<__half>(from, i, to); return;
-        case 2: load_params_as<__nv_bfloat16>(from, i, to); return;
-        default: load_params_as<double>(from, i, to); return;
-        }
+template <int V, class A> __device__ inline void load_neighbours(const void* from, u32 dtype, u64 i, A (&to)[V]) {
+    switch (dtype) {
+    case 0: load_params_as<float>(from, i, to); return;
+    case 1: load_params_as<__half>(from, i, to); return;
+    case 2: load_params_as<__nv_bfloat16>(from, i, to); return;
+    default: load_params_as<double>(from, i, to); return;
     }
-#pragma unroll
-    for (int v = 0; v < V; ++v) to[v] = load_param<A>(from, dtype, i + v);
 }
 
 template <class A> __device__ inline A inverse_sqrt(A v) { return A(1) / sqrt(v); }

@@ -1,17 +1,36 @@
 // The macros that make entry points of the device functions, for one ELEMENT with one SUFFIX.
 //
 // `norm_<function>_<suffix>` moves 16 bytes an access, `.._scalar` one element, for what is not aligned
-// to 16 bytes or no multiple of them. Row kernels take the cluster size as a third template argument.
+// or no multiple. 16-bit elements have `.._half` between them: 8 bytes, for 14x14 images and the like.
+// Threads and blocks a multiprocessor are launch bounds: what the registers have to leave room for.
 
 #define NORM_NAME_(kernel, suffix, tail) norm_##kernel##_##suffix##tail
 #define NORM_NAME(kernel, suffix, tail) NORM_NAME_(kernel, suffix, tail)
 #define NORM_VECTOR int(16 / sizeof(ELEMENT))
 
-#define NORM_BOTH(kernel, threads, ...) \
-    NORM_ENTRY(NORM_NAME(kernel, SUFFIX, ), threads, 1) { kernel<ELEMENT, NORM_VECTOR __VA_OPT__(,) __VA_ARGS__>(p); } \
-    NORM_ENTRY(NORM_NAME(kernel, SUFFIX, _scalar), threads, 1) { kernel<ELEMENT, 1 __VA_OPT__(,) __VA_ARGS__>(p); }
+#define NORM_ONE(kernel, tail, vector, threads, blocks, ...) \
+    NORM_ENTRY(NORM_NAME(kernel, SUFFIX, tail), threads, blocks) { kernel<ELEMENT, vector __VA_OPT__(,) __VA_ARGS__>(p); }
+#define NORM_BOTH(kernel, threads, blocks, ...) \
+    NORM_ONE(kernel, , NORM_VECTOR, threads, blocks __VA_OPT__(,) __VA_ARGS__) \
+    NORM_ONE(kernel, _scalar, 1, threads, blocks __VA_OPT__(,) __VA_ARGS__)
+// Four elements an access, where a thread has registers for every column of its own.
+#define NORM_HALVES(kernel, threads, blocks) \
+    NORM_ONE(kernel, _half, 4, threads, blocks) \
+    NORM_ONE(kernel, _scalar, 1, threads, blocks)
+#ifdef HALVES
+#define NORM_ALL(kernel, threads, blocks, ...) \
+    NORM_BOTH(kernel, threads, blocks __VA_OPT__(,) __VA_ARGS__) \
+    NORM_ONE(kernel, _half, 4, threads, blocks __VA_OPT__(,) __VA_ARGS__)
+#else
+#define NORM_ALL NORM_BOTH
+#endif
 
-#define NORM_CLUSTER(name, kernel, threads, size) \
-    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, ), threads, size) { kernel<ELEMENT, NORM_VECTOR, size>(p); }
-#define NORM_CLUSTER_SCALAR(name, kernel, threads, size) \
-    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, _scalar), threads, size) { kernel<ELEMENT, 1, size>(p); }
+// Clusters of 8 blocks, the most that every device with clusters takes.
+#define NORM_CLUSTER(name, tail, kernel, vector, threads) \
+    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, tail), threads, 8) { kernel<ELEMENT, vector, 8>(p); }
+#define NORM_CLUSTERS(name, kernel, threads) \
+    NORM_CLUSTER(name, , kernel, NORM_VECTOR, threads) \
+    NORM_CLUSTER(name, _scalar, kernel, 1, threads)
+#define NORM_CLUSTERS_HALF(name, kernel, threads) \
+    NORM_CLUSTERS(name, kernel, threads) \
+    NORM_CLUSTER(name, _half, kernel, 4, threads)

@@ -5,7 +5,7 @@
 // part is computed in two passes over resident values, from a first mean that serves as the pivot.
 // Source: Chan, Golub and LeVeque, "Algorithms for computing the sample variance" (1983).
 #pragma once
-#include "element.cuh"
+#include "affine.cuh"
 
 constexpr u32 FULL = 0xffffffffu;
 
@@ -45,6 +45,7 @@ template <class A> __device__ inline A lanes_sum(A v, u32 width) {
 
 // Merges moments over groups of `width` lanes in a fixed order, the result in every lane.
 template <class A, class N> __device__ inline void lanes_merge(Moments<A, N>& m, u32 width) {
+#pragma unroll 1
     for (u32 o = width / 2; o > 0; o /= 2) {
         Moments<A, N> other;
         other.mean = __shfl_down_sync(FULL, m.mean, o, width);
@@ -59,113 +60,192 @@ template <class A, class N> __device__ inline void lanes_merge(Moments<A, N>& m,
     m.count = __shfl_sync(FULL, m.count, 0, width);
 }
 
-template <int C> __device__ inline void group_barrier() {
-    if constexpr (C == 1) {
-        __syncthreads();
-    } else {
-        // A discarded branch still has its names looked up, and architectures below 9.0 lack these.
-#if NORM_HAS_CLUSTERS
-        __cluster_barrier_arrive();
-        __cluster_barrier_wait();
-#endif
-    }
-}
-
-// The same shared address in another block of the cluster.
-template <int C, class A> __device__ inline A* in_block(A* here, u32 rank) {
-    if constexpr (C == 1) {
-        return here;
-    } else {
-#if NORM_HAS_CLUSTERS
-        return static_cast<A*>(__cluster_map_shared_rank(here, rank));
-#endif
-    }
-}
-
+// The number of this block in its cluster of C.
 template <int C> __device__ inline u32 block_rank() {
     if constexpr (C == 1) {
         return 0;
     } else {
+        // A discarded branch still has its names looked up, and architectures below 9.0 lack these.
 #if NORM_HAS_CLUSTERS
         return __clusterRelativeBlockRank();
 #endif
     }
 }
 
+// Values from every block of a cluster to every other, without a fence: a store into the other block's
+// shared memory carries its own notice of arrival (st.async on an mbarrier of the receiver). A cluster
+// barrier would first drain all stores of the block, those of the output too, and empty its L1 cache.
+//
+// Two boxes and two mbarriers are used in turn. A block that sends for the second time into a box has
+// had the receiver's values of the exchange between, which the receiver sends after all its threads
+// have read the box. Nobody leaves before all values have come, and then nothing is under way.
+// Source: PTX ISA, "mbarrier" and "st.async".
+template <class A, int C> struct Exchange {
+    static constexpr u32 VALUES = 3 * 8; // a box: three values of up to eight blocks
+
+    A* boxes;
+    u64* barriers;
+    u32 turn;
+
+    __device__ Exchange(A* boxes, u64* barriers) : boxes(boxes), barriers(barriers), turn(0) {
+        if constexpr (C > 1) {
+#ifdef NORM_EMULATION
+            __cluster_barrier_arrive();
+#elif NORM_HAS_CLUSTERS
+            if (threadIdx.x == 0) {
+                for (int i = 0; i < 2; ++i) {
+                    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barriers + i)) : "memory");
+                }
+                asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+            }
+            // Waited for before the first value is sent; loads go on meanwhile.
+            asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+#endif
+        }
+    }
+
+    // `v` is the same in all threads of a block. Afterwards value k of block r is `box[k * C + r]`.
+    template <int K> __device__ const A* all(const A (&v)[K]) {
+        A* box = boxes + turn % 2 * VALUES;
+#ifdef NORM_EMULATION
+        if (turn == 0) __cluster_barrier_wait();
+        if (threadIdx.x < C) {
+            A* theirs = static_cast<A*>(__cluster_map_shared_rank(box, threadIdx.x));
+            for (int k = 0; k < K; ++k) theirs[k * C + block_rank<C>()] = v[k];
+        }
+        __cluster_barrier_arrive();
+        __cluster_barrier_wait();
+#elif NORM_HAS_CLUSTERS
+        if (turn == 0) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        const u32 barrier = shared_address(barriers + turn % 2);
+        if (threadIdx.x == 0) {
+            asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(u32(C * K * sizeof(A)))
+                         : "memory");
+        }
+        if (threadIdx.x < C) {
+            u32 to, notice;
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(to) : "r"(shared_address(box + block_rank<C>())), "r"(threadIdx.x));
+            asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(notice) : "r"(barrier), "r"(threadIdx.x));
+#pragma unroll
+            for (int k = 0; k < K; ++k) {
+                asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+                                 to + u32(k * C * sizeof(A))),
+                             "r"(__float_as_uint(v[k])), "r"(notice)
+                             : "memory");
+            }
+        }
+        const u32 phase = turn / 2 % 2;
+        u32 done = 0;
+        while (!done) {
+            asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                         : "=r"(done)
+                         : "r"(barrier), "r"(phase)
+                         : "memory");
+        }
+#endif
+        ++turn;
+        return box;
+    }
+
+    __device__ void leave() const {
+        if (turn != 0) return;
+#ifdef NORM_EMULATION
+        __cluster_barrier_wait();
+#elif NORM_HAS_CLUSTERS
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+    }
+
+  private:
+    __device__ static u32 shared_address(const void* shared) {
+#ifdef NORM_EMULATION
+        return 0;
+#else
+        return u32(__cvta_generic_to_shared(shared));
+#endif
+    }
+};
+
 // The threads that share a set: 8, 16 or 32 lanes of a warp, or a whole block, or a cluster of C.
 //
 // Values cross warps through `slots`, of which there are two sets used in turn: whoever writes a set
 // again is past a barrier that all threads reached after they had read it. So one barrier is enough.
 template <class A, int C> struct Group {
-    static constexpr u32 SLOTS = 32;
-    // Bytes of shared memory that the slots take.
-    static constexpr u32 BYTES = 2 * 3 * SLOTS * sizeof(A);
+    static constexpr u32 WARPS = 16; // of a block at most
+    // Bytes of shared memory at its start that the group takes: src/cuda/plan.rs counts the same.
+    static constexpr u32 BYTES = 2 * (3 * WARPS + Exchange<A, C>::VALUES) * sizeof(A) + 2 * sizeof(u64);
 
-    u32 lanes;   // threads of this block that share a set
-    u32 lane;    // this thread among those of all blocks
-    u32 threads; // threads of all blocks that share a set
-    u32 width;   // lanes of a warp that share a set
+    u32 lanes; // threads of this block that share a set
+    u32 lane;  // this thread among them
+    u32 width; // lanes of a warp that share a set
     A* slots;
     u32 parity;
+    Exchange<A, C> exchange;
 
     __device__ Group(u32 lanes, char* shared)
-        : lanes(lanes), lane(threadIdx.x % lanes + block_rank<C>() * lanes), threads(lanes * C),
-          width(lanes < 32 ? lanes : 32), slots(reinterpret_cast<A*>(shared)), parity(0) {}
+        : lanes(lanes), lane(threadIdx.x % lanes), width(lanes < 32 ? lanes : 32), slots(reinterpret_cast<A*>(shared)), parity(0),
+          exchange(slots + 2 * 3 * WARPS, reinterpret_cast<u64*>(shared + BYTES - 2 * sizeof(u64))) {}
 
-    __device__ bool within_warp() const { return C == 1 && lanes <= 32; }
-    __device__ u32 warps() const { return lanes / 32; }
-
-    __device__ A* next_slots() {
-        A* mine = slots + parity * 3 * SLOTS;
-        parity ^= 1;
-        return mine;
-    }
+    // Whether this thread is the one of its kind, in all blocks that share the set.
+    __device__ bool first() const { return lane == 0 && block_rank<C>() == 0; }
 
     // Sums of K values over the group, the same bits in every thread.
     template <int K> __device__ void sum(A (&v)[K]) {
 #pragma unroll
         for (int k = 0; k < K; ++k) v[k] = lanes_sum(v[k], width);
-        if (within_warp()) return;
-        A* mine = next_slots();
-        const u32 warp_lane = threadIdx.x % 32;
-        if (warp_lane == 0) {
+        if (lanes > 32) {
+            const A* all = in_block(v);
+            const u32 i = threadIdx.x % WARPS;
 #pragma unroll
-            for (int k = 0; k < K; ++k) mine[k * SLOTS + threadIdx.x / 32] = v[k];
+            for (int k = 0; k < K; ++k) v[k] = lanes_sum(i < lanes / 32 ? all[k * WARPS + i] : A(0), WARPS);
         }
-        group_barrier<C>();
+        if constexpr (C > 1) {
+            const A* box = exchange.all(v);
 #pragma unroll
-        for (int k = 0; k < K; ++k) v[k] = 0;
-        for (u32 i = warp_lane; i < warps() * C; i += 32) {
-            const A* theirs = in_block<C>(mine, i / warps());
-#pragma unroll
-            for (int k = 0; k < K; ++k) v[k] += theirs[k * SLOTS + i % warps()];
+            for (int k = 0; k < K; ++k) {
+                v[k] = 0;
+                for (int r = 0; r < C; ++r) v[k] += box[k * C + r];
+            }
         }
-#pragma unroll
-        for (int k = 0; k < K; ++k) v[k] = lanes_sum(v[k], 32);
     }
 
-    // Merges a warp's moments (the same in its lanes) over the group. `count_of` tells the count of
-    // warp `i`, so that counts need not travel.
-    template <class F> __device__ void merge_warps(Moments<A>& m, F count_of) {
-        if (within_warp()) return;
-        A* mine = next_slots();
-        const u32 warp_lane = threadIdx.x % 32;
-        if (warp_lane == 0) {
-            mine[threadIdx.x / 32] = m.mean;
-            mine[SLOTS + threadIdx.x / 32] = m.low;
-            mine[2 * SLOTS + threadIdx.x / 32] = m.m2;
+    // Merges the moments of warps (the same in its lanes) over the group. Counts need not travel:
+    // `in_warp(i)` tells that of warp i of this block, `in_rank(r)` that of block r.
+    template <class F, class G> __device__ void merge_all(Moments<A>& m, F in_warp, G in_rank) {
+        if (lanes > 32) {
+            const A* all = in_block(parts(m));
+            const u32 i = threadIdx.x % WARPS;
+            m = i < lanes / 32 ? Moments<A>{all[i], all[WARPS + i], all[2 * WARPS + i], in_warp(i)} : Moments<A>{0, 0, 0, 0};
+            lanes_merge(m, WARPS);
         }
-        group_barrier<C>();
-        m.count = 0;
-        for (u32 i = warp_lane; i < warps() * C; i += 32) {
-            const A* theirs = in_block<C>(mine, i / warps()) + i % warps();
-            merge(m, Moments<A>{theirs[0], theirs[SLOTS], theirs[2 * SLOTS], count_of(i)});
+        if constexpr (C > 1) {
+            const A* box = exchange.all(parts(m).v);
+            m = {0, 0, 0, 0};
+            for (int r = 0; r < C; ++r) merge(m, Moments<A>{box[r], box[C + r], box[2 * C + r], in_rank(r)});
         }
-        lanes_merge(m, 32);
     }
 
-    // Nobody leaves while its shared memory may still be read.
+    // Before the kernel ends: what the constructor began may not have been waited for.
     __device__ void leave() const {
-        if constexpr (C > 1) group_barrier<C>();
+        if constexpr (C > 1) exchange.leave();
+    }
+
+  private:
+    struct Three {
+        A v[3];
+    };
+    __device__ static Three parts(const Moments<A>& m) { return {{m.mean, m.low, m.m2}}; }
+    __device__ const A* in_block(const Three& parts) { return in_block(parts.v); }
+
+    // Leaves a warp's values for the others of the block; value k of warp i is then at [k * WARPS + i].
+    template <int K> __device__ const A* in_block(const A (&v)[K]) {
+        A* mine = slots + parity * 3 * WARPS;
+        parity ^= 1;
+        if (threadIdx.x % 32 == 0) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) mine[k * WARPS + threadIdx.x / 32] = v[k];
+        }
+        __syncthreads();
+        return mine;
     }
 };

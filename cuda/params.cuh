@@ -1,7 +1,7 @@
 // The one argument of every kernel, and the few names that differ between nvcc and the emulation.
 //
-// Field for field the `Params` of src/cuda/params.rs, which says what each means; both sides state the
-// size. Apart from the kernels, because the combine kernels need it without an element type.
+// Field for field `src/cuda/params.rs`, which says what each means. Kept separate from the kernels
+// because the combine kernels need it without an element type.
 #pragma once
 
 #ifdef NORM_EMULATION
@@ -23,38 +23,54 @@ struct Divisor {
 enum Flag : u32 {
     CENTER = 1,
     FIXED = 1 << 1,
-    PARAMS_ALIGNED = 1 << 2,
-    PER_SET = 1 << 3,
-    PER_COLUMN = 1 << 4,
-    PER_ROW = 1 << 5,
-    UNWEIGHTED = 1 << 6,
-    PART_WEIGHTED = 1 << 7,
-    WANT_PARAMS = 1 << 8,
+    PER_SET = 1 << 2,
+    PER_COLUMN = 1 << 3,
+    PER_ROW = 1 << 4,
+    UNWEIGHTED = 1 << 5,
+    PART_WEIGHTED = 1 << 6,
+    WANT_PARAMS = 1 << 7,
+    FUSED = 1 << 8,
+    BLOCKS = 1 << 9,
+    SUMS_WRITE = 1 << 10,
 };
 
-struct Params {
+// What is done to z before it is stored: `Fusion::activation`, and a gate behind the norm.
+enum Activation : u32 { NONE, RELU, RELU6, LEAKY_RELU, SILU, SIGMOID, HARD_SWISH, GELU, GELU_TANH };
+
+struct Arguments {
     const void *x, *dy;
     void* out;
-    const void *weight, *bias;
+    const void *weight, *bias, *residual, *skip, *gate;
+    void *sum, *dskip, *dgate;
     void *stats, *sums, *part_moments, *part_sums, *param_parts;
     const void *given_mean, *given_low, *given_var;
     void *running_mean, *running_var, *dweight, *dbias;
-
-    u64 outer, rows, width, run, span, sets, sets_per_outer, set_len, params, set_params;
-    u64 segs, seg_len, seg_stride, chunk_len, pieces, segs_per_chunk, chunks, chunk_rows;
-    u64 part_chunks, part_width, part_run, part_span, copies, param_width, param_span;
-
-    double eps, momentum, count;
-
-    Divisor by_seg, by_span;
-    u32 flags, lanes, combine_lanes, reduce_columns;
     u32 weight_dtype, bias_dtype, given_mean_dtype, given_var_dtype;
     u32 running_mean_dtype, running_var_dtype, dweight_dtype, dbias_dtype;
+};
 
+struct Shape {
+    u64 outer, rows, width, run, span, sets, sets_per_outer, set_len, params, set_params, tokens;
+    u64 block_dims[4], block_strides[4];
+    double eps, momentum, count, weight_offset, slope;
+    Divisor by_span;
+    u32 flags, activation, unused;
+};
+
+struct Schedule {
+    u64 segs, seg_len, seg_stride, chunk_len, pieces, segs_per_chunk, chunks, chunk_rows;
+    u64 part_chunks, part_width, part_run, part_span, copies, param_width, param_span;
+    Divisor by_seg;
+    u32 lanes, segment_lanes, combine_lanes, reduce_columns, stages;
+};
+
+struct Params : Arguments, Shape, Schedule {
     __device__ bool has(u32 flag) const { return (flags & flag) != 0; }
 };
 
-static_assert(sizeof(Params) == 17 * 8 + 25 * 8 + 3 * 8 + 18 * 4, "Params differs from src/cuda/params.rs");
+static_assert(sizeof(Arguments) == 23 * 8 + 8 * 4 && sizeof(Shape) == 24 * 8 + 6 * 4 && sizeof(Schedule) == 15 * 8 + 8 * 4 &&
+                  sizeof(Params) == sizeof(Arguments) + sizeof(Shape) + sizeof(Schedule),
+              "Params differs from src/cuda/params.rs");
 
 #ifdef NORM_EMULATION
 #define NORM_HAS_CLUSTERS 1
@@ -72,6 +88,6 @@ __device__ inline char* shared_memory() { return reinterpret_cast<char*>(dynamic
 #define NORM_ENTRY(name, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
 #define NORM_CLUSTER_ENTRY(name, threads, size) \
-    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, 1) \
+    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, 512 / (threads)) \
         name(const __grid_constant__ Params p)
 #endif

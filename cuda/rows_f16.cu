@@ -1,10 +1,10 @@
 // Sets on chip, f16: a module of its own, so that a program compiles only the dtypes it uses.
-#include "rows_backward.cuh"
+#include "held_backward.cuh"
+#define HALVES
 #define ELEMENT __half
 #define SUFFIX f16
 #include "entries.cuh"
 
-NORM_BOTH(forward_registers, 512, 1)
-NORM_BOTH(forward_shared, 512, 1)
-NORM_BOTH(backward_registers, 512, 1)
-NORM_BOTH(backward_shared, 512, 1)
+NORM_ALL(forward_held, 512, 2, 1)
+NORM_ALL(backward_rows, 512, 1, 1)
+NORM_ALL(backward_sets, 512, 2, 1)

@@ -1,10 +1,9 @@
 // Sets on chip, f64: a module of its own, so that a program compiles only the dtypes it uses.
-#include "rows_backward.cuh"
+#include "held_backward.cuh"
 #define ELEMENT double
 #define SUFFIX f64
 #include "entries.cuh"
 
-NORM_BOTH(forward_registers, 512, 1)
-NORM_BOTH(forward_shared, 512, 1)
-NORM_BOTH(backward_registers, 512, 1)
-NORM_BOTH(backward_shared, 512, 1)
+NORM_BOTH(forward_held, 512, 2, 1)
+NORM_BOTH(backward_rows, 512, 1, 1)
+NORM_BOTH(backward_sets, 512, 1, 1)

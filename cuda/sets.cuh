@@ -6,68 +6,42 @@
 #include "moments.cuh"
 
 struct Place {
-    u64 set, outer, base, first_param;
+    u64 set, outer;
+    u64 base;        // of everything but x
+    u64 x_base;      // of x, which may lie in blocks apart
+    u64 first_param;
+
+    // Where element e of the set lies behind its base.
+    __device__ u64 offset(const Params& p, u32 e) const {
+        if (p.segs == 1) return e;
+        const u32 seg = p.by_seg(e);
+        return seg * p.seg_stride + (e - seg * p.by_seg.divisor);
+    }
+    // The element that Affine counts it as.
+    __device__ u32 column(u32 e) const { return e; }
 };
 
+// A division takes a hundred instructions of 64 bits, and is met a few times a set.
+__device__ NORM_CALL inline u64 divide_call(u64 n, u64 by) { return (n | by) <= 0xffffffffu ? u32(n) / u32(by) : n / by; }
+
+__device__ inline u64 quotient(u64 n, u64 by) { return by == 1 ? n : divide_call(n, by); }
+
+// Where block `o` of an x in blocks apart starts.
+__device__ NORM_CALL inline u64 block_start(const Params& p, u64 o) {
+    u64 start = 0;
+    for (int d = 3; d >= 0; --d) {
+        const u64 rest = quotient(o, p.block_dims[d]);
+        start += (o - rest * p.block_dims[d]) * p.block_strides[d];
+        o = rest;
+    }
+    return start;
+}
+
 __device__ inline Place place_set(const Params& p, u64 set) {
-    u64 o = 0, q = set;
-    if (p.outer > 1) {
-        if (p.sets_per_outer == 1) {
-            o = set, q = 0;
-        } else if (p.sets <= 0xffffffffu) {
-            o = u32(set) / u32(p.sets_per_outer), q = set - o * p.sets_per_outer;
-        } else {
-            o = set / p.sets_per_outer, q = set - o * p.sets_per_outer;
-        }
-    }
-    return {set, o, o * p.rows * p.width + q * p.run, q * p.set_params};
-}
-
-// Where element e of the set lies behind its base.
-__device__ inline u64 offset_of(const Params& p, u32 e) {
-    if (p.segs == 1) return e;
-    const u32 seg = p.by_seg(e);
-    return seg * p.seg_stride + (e - seg * p.by_seg.divisor);
-}
-
-// Parameters of V neighbouring elements of a set; `e` counts along its columns.
-template <int V, class A>
-__device__ inline void load_affine(const Params& p, const void* from, u32 dtype, u64 first, u32 e, A (&to)[V]) {
-    if (p.has(PER_COLUMN)) {
-        load_neighbours(from, dtype, p.has(PARAMS_ALIGNED), first + e, to);
-        return;
-    }
-    u32 param = p.has(PER_SET) ? 0 : p.by_span(e);
-    u32 rest = p.has(PER_SET) ? 0 : e - param * p.by_span.divisor;
-    A value = load_param<A>(from, dtype, first + param);
-#pragma unroll
-    for (int v = 0; v < V; ++v) {
-        if (!p.has(PER_SET) && rest++ == p.by_span.divisor) {
-            rest = 1;
-            value = load_param<A>(from, dtype, first + ++param);
-        }
-        to[v] = value;
-    }
-}
-
-template <int V, class A>
-__device__ inline void load_weight(const Params& p, u64 first, u32 e, A (&w)[V]) {
-    if (p.weight) {
-        load_affine(p, p.weight, p.weight_dtype, first, e, w);
-    } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) w[v] = 1;
-    }
-}
-
-template <int V, class A>
-__device__ inline void load_bias(const Params& p, u64 first, u32 e, A (&b)[V]) {
-    if (p.bias) {
-        load_affine(p, p.bias, p.bias_dtype, first, e, b);
-    } else {
-#pragma unroll
-        for (int v = 0; v < V; ++v) b[v] = 0;
-    }
+    const u64 o = p.outer > 1 ? quotient(set, p.sets_per_outer) : 0, q = set - o * p.sets_per_outer;
+    const u64 base = o * p.rows * p.width + q * p.run;
+    const u64 sample = p.tokens ? quotient(o, p.tokens) * p.params : 0;
+    return {set, o, base, p.has(BLOCKS) ? block_start(p, o) + q * p.run : base, q * p.set_params + sample};
 }
 
 template <class A> struct Stats {
@@ -126,13 +100,26 @@ __device__ inline Stats<A> finish_moments(const Params& p, u64 set, Moments<A, N
     return {m.mean, m.low, inverse_sqrt(var + A(p.eps))};
 }
 
-// A parameter's gradient, or the part of it that one copy has: `copy` of `p.copies`.
+// One copy's part of the gradients of V neighbouring parameters: `copy` of `p.copies`.
+template <int V, class A>
+__device__ inline void put_param_parts(const Params& p, u64 copy, u64 param, const A* weight, const A* bias) {
+    constexpr int STEP = V * sizeof(A) <= 16 ? V : int(16 / sizeof(A));
+    A* parts = static_cast<A*>(p.param_parts) + copy * p.param_width + param;
+#pragma unroll
+    for (int at = 0; at < V; at += STEP) {
+        A w[STEP], b[STEP];
+#pragma unroll
+        for (int v = 0; v < STEP; ++v) w[v] = weight[at + v], b[v] = bias[at + v];
+        store<A, STEP>(parts + at, b);
+        store<A, STEP>(parts + p.copies * p.param_width + at, w);
+    }
+}
+
+// A parameter's gradient, or the part of it that one copy has.
 template <class A>
 __device__ inline void put_param_gradient(const Params& p, u64 copy, u64 param, A weight, A bias) {
     if (p.param_parts) {
-        A* parts = static_cast<A*>(p.param_parts);
-        parts[copy * p.param_width + param] = bias;
-        parts[(p.copies + copy) * p.param_width + param] = weight;
+        put_param_parts<1>(p, copy, param, &weight, &bias);
         return;
     }
     if (p.dweight) store_param(p.dweight, p.dweight_dtype, param, weight);

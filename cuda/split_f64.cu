@@ -4,8 +4,8 @@
 #define SUFFIX f64
 #include "entries.cuh"
 
-NORM_BOTH(split_moments, 256)
-NORM_BOTH(split_forward, 256)
-NORM_BOTH(split_sums, 256)
-NORM_BOTH(split_column_sums, 128)
-NORM_BOTH(split_backward, 256)
+NORM_BOTH(split_moments, 256, 4)
+NORM_BOTH(split_forward, 256, 4)
+NORM_BOTH(split_sums, 256, 4)
+NORM_BOTH(split_column_sums, 128, 4)
+NORM_BOTH(split_backward, 256, 3)

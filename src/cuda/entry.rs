@@ -50,25 +50,19 @@ impl Element {
     }
 }
 
-/// What a kernel does; each exists for several elements, with 16-byte and with scalar accesses.
+/// What a kernel does; each exists for several elements and accesses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Kernel {
-    /// Statistics and output of sets held in registers, by 8 to 512 threads a set.
-    ForwardRegisters,
-    /// The same, the set in shared memory.
-    ForwardShared,
-    /// The same over a cluster of 2, 4, 8 blocks.
-    ForwardCluster2,
-    ForwardCluster4,
-    ForwardCluster8,
-    /// A cluster of 8, the set in the shared memory of its blocks.
-    ForwardClusterShared,
-    BackwardRegisters,
-    BackwardShared,
-    BackwardCluster2,
-    BackwardCluster4,
-    BackwardCluster8,
-    BackwardClusterShared,
+    /// Statistics and output of sets held on chip, by 8 to 512 threads a set.
+    ForwardHeld,
+    /// The same over a cluster of 8 blocks.
+    ForwardCluster,
+    /// Gradients of sets held on chip whose columns all have their own parameter.
+    BackwardRows,
+    BackwardRowsCluster,
+    /// Gradients of other sets held on chip.
+    BackwardSets,
+    BackwardSetsCluster,
     /// Moments of chunks of sets.
     SplitMoments,
     /// Output from given statistics, chunk by chunk.
@@ -94,6 +88,17 @@ pub(crate) enum Kernel {
     MoveRunning,
 }
 
+/// Bytes that a kernel moves in one access.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) enum Access {
+    /// 16 bytes.
+    Vector,
+    /// 8 bytes, of 16-bit elements.
+    Half,
+    /// One element.
+    Scalar,
+}
+
 /// An entry point: its place in `TABLE`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Entry(u16);
@@ -102,8 +107,7 @@ struct Row {
     name: &'static str,
     kernel: Kernel,
     element: Element,
-    /// 16-byte accesses.
-    vector: bool,
+    access: Access,
     /// The `.cu` file.
     #[cfg(any(feature = "cuda", test))]
     stem: &'static str,
@@ -113,7 +117,7 @@ impl Entry {
     pub const COUNT: usize = TABLE.len();
 
     /// The kernel for x of `element`; combine kernels exist once for every accumulation dtype.
-    pub fn new(kernel: Kernel, element: Element, vector: bool) -> Option<Self> {
+    pub fn new(kernel: Kernel, element: Element, access: Access) -> Option<Self> {
         use Kernel::*;
         let element = match kernel {
             CombineMoments | CombineSums | ReduceParams | MoveRunning if element != Element::F64 => {
@@ -121,8 +125,12 @@ impl Entry {
             }
             _ => element,
         };
-        let fits = |row: &Row| row.kernel == kernel && row.element == element && row.vector == vector;
+        let fits = |row: &Row| row.kernel == kernel && row.element == element && row.access == access;
         TABLE.iter().position(fits).map(|at| Entry(at as u16))
+    }
+
+    pub fn all() -> impl Iterator<Item = Entry> {
+        (0..Self::COUNT as u16).map(Entry)
     }
 
     pub fn index(self) -> usize {
@@ -150,39 +158,45 @@ macro_rules! table {
             $file [$($more)*] { $($kernel $name $access)* } $($rest)*)
     };
     (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal vector) => {
-        Row { name: concat!("norm_", $name, "_", $suffix), kernel: Kernel::$kernel,
-            element: Element::$element, vector: true,
-            #[cfg(any(feature = "cuda", test))] stem: concat!($file, "_", $suffix) }
+        table!(row $file $suffix $element $kernel $name "" Vector)
+    };
+    (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal half) => {
+        table!(row $file $suffix $element $kernel $name "_half" Half)
     };
     (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal scalar) => {
-        Row { name: concat!("norm_", $name, "_", $suffix, "_scalar"), kernel: Kernel::$kernel,
-            element: Element::$element, vector: false,
+        table!(row $file $suffix $element $kernel $name "_scalar" Scalar)
+    };
+    (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal $tail:literal $access:ident) => {
+        Row { name: concat!("norm_", $name, "_", $suffix, $tail), kernel: Kernel::$kernel,
+            element: Element::$element, access: Access::$access,
             #[cfg(any(feature = "cuda", test))] stem: concat!($file, "_", $suffix) }
     };
 }
 
 table! {
     "rows" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {
-        ForwardRegisters "forward_registers" vector
-        ForwardRegisters "forward_registers" scalar
-        ForwardShared "forward_shared" vector
-        ForwardShared "forward_shared" scalar
-        BackwardRegisters "backward_registers" vector
-        BackwardRegisters "backward_registers" scalar
-        BackwardShared "backward_shared" vector
-        BackwardShared "backward_shared" scalar
+        ForwardHeld "forward_held" vector
+        ForwardHeld "forward_held" scalar
+        BackwardRows "backward_rows" vector
+        BackwardRows "backward_rows" scalar
+        BackwardSets "backward_sets" vector
+        BackwardSets "backward_sets" scalar
+    }
+    "rows" ["f16" F16 "bf16" BF16] {
+        ForwardHeld "forward_held" half
+        BackwardRows "backward_rows" half
+        BackwardSets "backward_sets" half
     }
     "cluster" ["f32" F32 "f16" F16 "bf16" BF16] {
-        ForwardCluster2 "forward_cluster2" vector
-        ForwardCluster4 "forward_cluster4" vector
-        ForwardCluster8 "forward_cluster8" vector
-        ForwardClusterShared "forward_cluster_shared" vector
-        ForwardClusterShared "forward_cluster_shared" scalar
-        BackwardCluster2 "backward_cluster2" vector
-        BackwardCluster4 "backward_cluster4" vector
-        BackwardCluster8 "backward_cluster8" vector
-        BackwardClusterShared "backward_cluster_shared" vector
-        BackwardClusterShared "backward_cluster_shared" scalar
+        ForwardCluster "forward_cluster" vector
+        ForwardCluster "forward_cluster" scalar
+        BackwardRowsCluster "backward_rows_cluster" vector
+        BackwardSetsCluster "backward_sets_cluster" vector
+        BackwardSetsCluster "backward_sets_cluster" scalar
+    }
+    "cluster" ["f16" F16 "bf16" BF16] {
+        ForwardCluster "forward_cluster" half
+        BackwardSetsCluster "backward_sets_cluster" half
     }
     "split" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {
         SplitMoments "split_moments" vector
@@ -196,14 +210,28 @@ table! {
         SplitBackward "split_backward" vector
         SplitBackward "split_backward" scalar
     }
-    "columns" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {
+    "split" ["f16" F16 "bf16" BF16] {
+        SplitMoments "split_moments" half
+        SplitForward "split_forward" half
+        SplitSums "split_sums" half
+        SplitBackward "split_backward" half
+    }
+    "columns" ["f32" F32 "f64" F64] {
         ColumnMoments "column_moments" vector
-        ColumnMoments "column_moments" scalar
         ColumnForward "column_forward" vector
-        ColumnForward "column_forward" scalar
         ColumnSums "column_sums" vector
-        ColumnSums "column_sums" scalar
         ColumnBackward "column_backward" vector
+    }
+    "columns" ["f16" F16 "bf16" BF16] {
+        ColumnMoments "column_moments" half
+        ColumnForward "column_forward" half
+        ColumnSums "column_sums" half
+        ColumnBackward "column_backward" half
+    }
+    "columns" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {
+        ColumnMoments "column_moments" scalar
+        ColumnForward "column_forward" scalar
+        ColumnSums "column_sums" scalar
         ColumnBackward "column_backward" scalar
     }
     "combine" ["f32" F32 "f64" F64] {

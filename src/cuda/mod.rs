@@ -11,19 +11,21 @@ mod machine;
 mod params;
 mod plan;
 
+use crate::fusion::Gate;
+use crate::geometry::Affine;
 use crate::request::{accumulation_dtype, Arg, Backward, Forward, Gradients, Norm, Normed};
-use candle_core::{DType, Result, Storage};
+use candle_core::{bail, DType, Result, Storage};
 use entry::Element;
 use machine::{Machine, RunningAddresses};
-use params::Params;
+use params::Arguments;
 use plan::{BackwardNeeds, ForwardNeeds, Plan, Request};
 
 /// The ops of a machine's storage.
 macro_rules! kernels {
     ($storage:ty, $variant:ident, |$of:ident| $machine:expr) => {
         impl $crate::kernels::Kernels for $storage {
-            fn fuses(norm: &Norm, _: DType) -> bool {
-                norm.fusion == $crate::fusion::Fusion::default() && norm.x_blocks.is_none()
+            fn fuses(norm: &Norm, x: DType) -> bool {
+                $crate::cuda::fuses(norm, x)
             }
 
             fn wrap(self) -> Storage {
@@ -103,16 +105,33 @@ fn code(op: &str, dtype: DType) -> Result<u32> {
     Ok(Element::new(op, dtype)?.code())
 }
 
+/// What stands around a norm and is done by its kernels.
+///
+/// Parameters of each sample: where the normalized elements lie together. Blocks apart: the same, of a
+/// row each. A residual of another dtype than x, and a gate before the norm, whose product would have to be
+/// held unrounded, are left to candle's operations.
+fn fuses(norm: &Norm, x: DType) -> bool {
+    let g = &norm.geometry;
+    let residual = norm.fusion.residual.is_none_or(|residual| residual == x);
+    let rows = g.rows == 1 && g.affine == Affine::Column { span: 1 } && g.run > 1 && g.run == g.width;
+    let tokens = norm.fusion.tokens.is_none_or(|tokens| rows && tokens > 0 && g.outer.is_multiple_of(tokens));
+    let blocks = norm.x_blocks.is_none() || g.rows == 1 && g.affine != Affine::Row;
+    residual && tokens && blocks && norm.fusion.gate != Some(Gate::Before)
+}
+
 /// Addresses of a call's arguments, as far as they are known before anything is allocated.
 struct Bound {
-    at: Params,
+    at: Arguments,
     element: Element,
 }
 
 impl Bound {
     fn new<M: Machine>(machine: &M, norm: &Norm, x: &Arg<M::Storage>) -> Result<Self> {
         let element = Element::new(norm.name, machine.dtype(x.storage))?;
-        Ok(Self { at: Params { x: machine.address(x)?, ..Params::default() }, element })
+        if !fuses(norm, machine.dtype(x.storage)) {
+            bail!("{}: no kernels for {:?} over {:?}", norm.name, norm.fusion, norm.geometry)
+        }
+        Ok(Self { at: Arguments { x: machine.address(x)?, ..Arguments::default() }, element })
     }
 
     fn weight<M: Machine>(&mut self, machine: &M, op: &str, arg: Option<&Arg<M::Storage>>) -> Result<()> {
@@ -131,24 +150,40 @@ impl Bound {
         Ok(())
     }
 
+    /// Address of a tensor that stands around the norm, which has x's dtype.
+    fn around<M: Machine>(&self, machine: &M, op: &str, arg: Option<&Arg<M::Storage>>) -> Result<u64> {
+        let Some(arg) = arg else { return Ok(0) };
+        let element = Element::new(op, machine.dtype(arg.storage))?;
+        if element != self.element {
+            bail!("{op}: a tensor around the norm has dtype {element:?}, expected x's, {:?}", self.element)
+        }
+        machine.address(arg)
+    }
+
     fn request(&self, norm: &Norm) -> Request {
         let at = &self.at;
-        let aligned = |addresses: &[u64]| addresses.iter().all(|address| address % 16 == 0);
+        let tensors = [at.x, at.dy, at.out, at.residual, at.skip, at.gate, at.sum, at.dskip, at.dgate];
+        let bits = tensors.into_iter().fold(16, |bits, address| bits | address);
         Request {
             name: norm.name,
             geometry: norm.geometry,
             element: self.element,
             eps: norm.eps,
-            aligned: aligned(&[at.x, at.dy, at.out]),
-            params_aligned: aligned(&[at.weight, at.bias]),
+            align: 1 << bits.trailing_zeros(),
+            params_aligned: (at.weight | at.bias).is_multiple_of(16),
             weight: at.weight != 0,
             bias: at.bias != 0,
+            fusion: norm.fusion,
+            skip: at.skip != 0,
+            gate: at.gate != 0,
+            residual: at.residual != 0,
+            x_blocks: norm.x_blocks,
         }
     }
 }
 
 /// Runs the launches of a plan, with scratch memory if it needs some.
-fn run<M: Machine>(machine: &M, plan: &Plan, at: &Params) -> Result<()> {
+fn run<M: Machine>(machine: &M, plan: &Plan, at: &Arguments) -> Result<()> {
     let mut scratch = match plan.workspace {
         0 => None,
         bytes => Some(machine.allocate(DType::U8, bytes)?),
@@ -163,7 +198,18 @@ fn run_forward<M: Machine>(machine: &M, call: Forward<M::Storage>) -> Result<Nor
     let mut bound = Bound::new(machine, norm, &call.x)?;
     bound.weight(machine, norm.name, call.weight.as_ref())?;
     bound.bias(machine, norm.name, call.bias.as_ref())?;
+    bound.at.residual = bound.around(machine, norm.name, call.residual.as_ref())?;
+    bound.at.skip = bound.around(machine, norm.name, call.skip.as_ref())?;
+    bound.at.gate = bound.around(machine, norm.name, call.gate.as_ref())?;
+    if call.residual.is_some() && call.given.is_some() {
+        bail!("{}: a residual is added to what has statistics of its own, got given ones", norm.name)
+    }
     let dtype = machine.dtype(call.x.storage);
+    let mut sum = match call.residual {
+        Some(_) => Some(machine.allocate(dtype, norm.geometry.elements())?),
+        None => None,
+    };
+    bound.at.sum = sum.as_mut().map_or(Ok(0), |sum| machine.address_mut(sum))?;
     let mut out = machine.allocate(dtype, norm.geometry.elements())?;
     bound.at.out = machine.address_mut(&mut out)?;
     let mut stats = match call.keep {
@@ -196,8 +242,8 @@ fn run_forward<M: Machine>(machine: &M, call: Forward<M::Storage>) -> Result<Nor
         run(machine, &plan, &at)
     })?;
     machine.written(&mut out)?;
-    stats.iter_mut().try_for_each(|stats| machine.written(stats))?;
-    Ok(Normed { y: out, stats, sum: None })
+    stats.iter_mut().chain(&mut sum).try_for_each(|written| machine.written(written))?;
+    Ok(Normed { y: out, stats, sum })
 }
 
 fn run_statistics<M: Machine>(machine: &M, norm: Norm, x: Arg<M::Storage>) -> Result<M::Storage> {
@@ -216,6 +262,9 @@ fn run_statistics<M: Machine>(machine: &M, norm: Norm, x: Arg<M::Storage>) -> Re
 fn bind_backward<M: Machine>(machine: &M, call: &Backward<M::Storage>) -> Result<Bound> {
     let mut bound = Bound::new(machine, &call.norm, &call.x)?;
     bound.weight(machine, call.norm.name, call.weight.as_ref())?;
+    bound.bias(machine, call.norm.name, call.bias.as_ref())?;
+    bound.at.skip = bound.around(machine, call.norm.name, call.skip.as_ref())?;
+    bound.at.gate = bound.around(machine, call.norm.name, call.gate.as_ref())?;
     bound.at.dy = machine.address(&call.dy)?;
     bound.at.stats = machine.address(&call.stats)?;
     Ok(bound)
@@ -231,22 +280,29 @@ fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<G
         *code_at = code(norm.name, dtype)?;
         Ok(Some(storage))
     };
-    let (g, at) = (&norm.geometry, &mut bound.at);
+    let (g, params, at) = (&norm.geometry, norm.params(), &mut bound.at);
+    if want.dgate && call.gate.is_none() {
+        bail!("{}: the gradient of a gate is wanted, got no gate", norm.name)
+    }
     let x_dtype = want.dx.then(|| machine.dtype(call.x.storage));
     let mut dx = allocate(x_dtype, g.elements(), &mut at.out, &mut 0)?;
-    let mut dweight = allocate(want.dweight, g.params(), &mut at.dweight, &mut at.dweight_dtype)?;
-    let mut dbias = allocate(want.dbias, g.params(), &mut at.dbias, &mut at.dbias_dtype)?;
+    let around = |wanted: bool| wanted.then(|| machine.dtype(call.x.storage));
+    let mut dskip = allocate(around(want.dskip), g.elements(), &mut at.dskip, &mut 0)?;
+    let mut dgate = allocate(around(want.dgate), g.elements(), &mut at.dgate, &mut 0)?;
+    let mut dweight = allocate(want.dweight, params, &mut at.dweight, &mut at.dweight_dtype)?;
+    let mut dbias = allocate(want.dbias, params, &mut at.dbias, &mut at.dbias_dtype)?;
     let needs = BackwardNeeds {
         dx: want.dx,
         dweight: want.dweight.is_some(),
         dbias: want.dbias.is_some(),
         fixed: call.fixed,
+        upstream: want.dskip || want.dgate,
     };
     let plan = plan::backward(&bound.request(norm), machine.properties(), &needs)?;
     run(machine, &plan, &bound.at)?;
-    let all = [&mut dx, &mut dweight, &mut dbias];
+    let all = [&mut dx, &mut dweight, &mut dbias, &mut dskip, &mut dgate];
     all.into_iter().flatten().try_for_each(|gradient| machine.written(gradient))?;
-    Ok(Gradients { dx, dweight, dbias, dskip: None, dgate: None })
+    Ok(Gradients { dx, dweight, dbias, dskip, dgate })
 }
 
 fn run_gradient_sums<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<M::Storage> {

@@ -6,13 +6,17 @@
 //! gradients come in does, since they are sums over the batch.
 
 mod columns;
-mod rows;
+mod held;
+mod residency;
+mod split;
 #[cfg(test)]
 mod tests;
 
-use super::entry::{Element, Entry, Kernel};
-use super::params::{flags, Divisor, Params};
+use super::entry::{Access, Element, Entry, Kernel};
+use super::params::{flags, Arguments, Divisor, Params, Schedule, Shape};
+use crate::fusion::{Activation, Fusion};
 use crate::geometry::{Affine, Geometry};
+use crate::request::Blocks;
 use candle_core::{bail, Result};
 
 /// What the plan asks of a device.
@@ -49,12 +53,36 @@ pub(crate) struct Request {
     pub geometry: Geometry,
     pub element: Element,
     pub eps: f64,
-    /// x, dy and the output start at multiples of 16 bytes.
-    pub aligned: bool,
-    /// Weight and bias do.
+    /// All tensors of x's shape start at multiples of this many bytes, a power of two up to 16.
+    pub align: usize,
+    /// Weight and bias start at multiples of 16 bytes.
     pub params_aligned: bool,
     pub weight: bool,
     pub bias: bool,
+    pub fusion: Fusion,
+    /// Tensors besides x that stand around the norm.
+    pub residual: bool,
+    pub skip: bool,
+    pub gate: bool,
+    /// Where the blocks of x lie, if not one behind the other.
+    pub x_blocks: Option<Blocks>,
+}
+
+impl Request {
+    /// Whether something stands behind the affine map.
+    fn is_fused(&self) -> bool {
+        self.skip || self.gate || self.fusion.activation.is_some()
+    }
+
+    /// Blocks that share parameters.
+    fn tokens(&self) -> usize {
+        self.fusion.tokens.unwrap_or(self.geometry.outer).max(1)
+    }
+
+    /// Samples with parameters of their own.
+    fn samples(&self) -> usize {
+        self.fusion.tokens.map_or(1, |tokens| self.geometry.outer / tokens.max(1))
+    }
 }
 
 /// What a forward has to do.
@@ -78,6 +106,8 @@ pub(crate) struct BackwardNeeds {
     pub dbias: bool,
     /// The statistics did not depend on x.
     pub fixed: bool,
+    /// The gradient of a skip or of a gate.
+    pub upstream: bool,
 }
 
 impl BackwardNeeds {
@@ -90,8 +120,8 @@ impl BackwardNeeds {
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Plan {
     pub launches: Vec<Launch>,
-    /// Numbers filled in, addresses not yet: see `bind`.
-    pub params: Params,
+    pub shape: Shape,
+    pub schedule: Schedule,
     /// Bytes of scratch memory that lives until the last launch is done.
     pub workspace: usize,
     /// Bytes of x, dy and the output that the launches move to and from memory, if nothing is cached.
@@ -110,39 +140,20 @@ struct Scratch {
 }
 
 impl Plan {
-    /// The kernels' argument: `at` has the addresses of what the caller owns, `workspace` that of the
+    /// The kernels' argument: `owned` has the addresses of what the caller owns, `workspace` that of the
     /// scratch memory.
-    pub fn bind(&self, at: &Params, workspace: u64) -> Params {
+    pub fn bind(&self, owned: &Arguments, workspace: u64) -> Params {
         let or =
             |owned: u64, scratch: Option<usize>| scratch.map_or(owned, |offset| workspace + offset as u64);
-        Params {
-            x: at.x,
-            dy: at.dy,
-            out: at.out,
-            weight: at.weight,
-            bias: at.bias,
-            stats: or(at.stats, self.scratch.stats),
-            sums: or(at.sums, self.scratch.sums),
+        let arguments = Arguments {
+            stats: or(owned.stats, self.scratch.stats),
+            sums: or(owned.sums, self.scratch.sums),
             part_moments: or(0, self.scratch.part_moments),
             part_sums: or(0, self.scratch.part_sums),
             param_parts: or(0, self.scratch.param_parts),
-            given_mean: at.given_mean,
-            given_low: at.given_low,
-            given_var: at.given_var,
-            running_mean: at.running_mean,
-            running_var: at.running_var,
-            dweight: at.dweight,
-            dbias: at.dbias,
-            weight_dtype: at.weight_dtype,
-            bias_dtype: at.bias_dtype,
-            given_mean_dtype: at.given_mean_dtype,
-            given_var_dtype: at.given_var_dtype,
-            running_mean_dtype: at.running_mean_dtype,
-            running_var_dtype: at.running_var_dtype,
-            dweight_dtype: at.dweight_dtype,
-            dbias_dtype: at.dbias_dtype,
-            ..self.params
-        }
+            ..*owned
+        };
+        Params { arguments, shape: self.shape, schedule: self.schedule }
     }
 }
 
@@ -178,7 +189,7 @@ fn by_columns(r: &Request, affinity: Affinity) -> bool {
 pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNeeds) -> Result<Plan> {
     let affinity = affinity(&r.geometry, r.weight || r.bias);
     let mut plan = Builder::new(r, device, affinity);
-    plan.params.momentum = needs.momentum.unwrap_or(0.0);
+    plan.shape.momentum = needs.momentum.unwrap_or(0.0);
     if r.geometry.elements() == 0 {
         // Statistics of nothing are zeros: ranks without data merge them with others'.
         if needs.keep {
@@ -191,14 +202,14 @@ pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNee
     let by_columns = by_columns(r, affinity);
     let in_parts = match by_columns {
         true => columns::forward(&mut plan, needs)?,
-        false => rows::forward(&mut plan, needs)?,
+        false => held::forward(&mut plan, needs)?,
     };
     if !needs.given && !needs.keep && (averaged || in_parts) {
         plan.scratch.stats = Some(plan.reserve(3 * r.geometry.sets()));
     }
     if averaged {
         let channels = r.geometry.sets_per_outer();
-        plan.launch(Kernel::MoveRunning, true, channels.div_ceil(128), 128, 0)?;
+        plan.launch(Kernel::MoveRunning, Access::Vector, channels.div_ceil(128), 128, 0)?;
     }
     Ok(plan.done())
 }
@@ -209,13 +220,13 @@ pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardN
     let affinity = affinity(&r.geometry, true);
     let mut plan = Builder::new(r, device, affinity);
     if needs.fixed {
-        plan.params.flags |= flags::FIXED;
+        plan.shape.flags |= flags::FIXED;
     }
     if needs.params() {
-        plan.params.flags |= flags::WANT_PARAMS;
+        plan.shape.flags |= flags::WANT_PARAMS;
     }
     if affinity == Affinity::Set {
-        plan.params.flags |= flags::UNWEIGHTED;
+        plan.shape.flags |= flags::UNWEIGHTED;
     }
     if r.geometry.elements() == 0 {
         if needs.params() {
@@ -225,7 +236,7 @@ pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardN
     }
     match by_columns(r, affinity) {
         true => columns::backward(&mut plan, needs)?,
-        false => rows::backward(&mut plan, needs)?,
+        false => held::backward(&mut plan, needs)?,
     }
     Ok(plan.done())
 }
@@ -233,14 +244,14 @@ pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardN
 /// Sums over each set of dy and of dy * xhat, for norms with one parameter a set.
 pub(crate) fn gradient_sums(r: &Request, device: &DeviceProperties) -> Result<Plan> {
     let mut plan = Builder::new(r, device, Affinity::Set);
-    plan.params.flags |= flags::UNWEIGHTED;
+    plan.shape.flags |= flags::UNWEIGHTED;
     if r.geometry.elements() == 0 {
         plan.combine(Kernel::CombineSums, Part { chunks: 0, width: 0, run: 1, span: 1 })?;
         return Ok(plan.done());
     }
     let part = match by_columns(r, Affinity::Set) {
         true => columns::sums(&mut plan, false)?,
-        false => rows::sums(&mut plan, false)?,
+        false => split::sums(&mut plan, false)?,
     };
     plan.combine(Kernel::CombineSums, part)?;
     Ok(plan.done())
@@ -249,15 +260,30 @@ pub(crate) fn gradient_sums(r: &Request, device: &DeviceProperties) -> Result<Pl
 /// dx from sums over `count` elements a set.
 pub(crate) fn input_gradient(r: &Request, device: &DeviceProperties, count: f64) -> Result<Plan> {
     let mut plan = Builder::new(r, device, Affinity::Set);
-    plan.params.flags |= flags::UNWEIGHTED;
-    plan.params.count = count;
+    plan.shape.flags |= flags::UNWEIGHTED;
+    plan.shape.count = count;
     if r.geometry.elements() > 0 {
         match by_columns(r, Affinity::Set) {
             true => columns::input_gradient(&mut plan)?,
-            false => rows::input_gradient(&mut plan)?,
+            false => split::input_gradient(&mut plan)?,
         }
     }
     Ok(plan.done())
+}
+
+/// The code by which kernels know an activation (`enum Activation` of params.cuh), and its slope.
+fn activation_code(activation: Option<Activation>) -> (u32, f64) {
+    match activation {
+        None => (0, 0.0),
+        Some(Activation::Relu) => (1, 0.0),
+        Some(Activation::Relu6) => (2, 0.0),
+        Some(Activation::LeakyRelu(slope)) => (3, slope),
+        Some(Activation::Silu) => (4, 0.0),
+        Some(Activation::Sigmoid) => (5, 0.0),
+        Some(Activation::HardSwish) => (6, 0.0),
+        Some(Activation::Gelu) => (7, 0.0),
+        Some(Activation::GeluTanh) => (8, 0.0),
+    }
 }
 
 /// A block of parts `[outer, chunks, width]`: a set has `run` neighbouring columns of all chunks, a
@@ -276,10 +302,9 @@ struct Builder<'a> {
     g: Geometry,
     device: &'a DeviceProperties,
     affinity: Affinity,
-    /// Elements in 16 bytes.
-    lanes: usize,
     launches: Vec<Launch>,
-    params: Params,
+    shape: Shape,
+    schedule: Schedule,
     scratch: Scratch,
     reserved: usize,
     traffic: usize,
@@ -299,9 +324,12 @@ impl<'a> Builder<'a> {
             Affinity::Row => flags::PER_ROW,
             Affinity::Span => 0,
         };
-        bits |= if g.center { flags::CENTER } else { 0 };
-        bits |= if r.params_aligned { flags::PARAMS_ALIGNED } else { 0 };
-        let params = Params {
+        let set = |flag: u32, on: bool| if on { flag } else { 0 };
+        bits |= set(flags::CENTER, g.center) | set(flags::FUSED, r.is_fused());
+        bits |= set(flags::BLOCKS, r.x_blocks.is_some());
+        let blocks = r.x_blocks.unwrap_or(Blocks { dims: [1; 4], strides: [0; 4] });
+        let (activation, slope) = activation_code(r.fusion.activation);
+        let shape = Shape {
             outer: g.outer as u64,
             rows: g.rows as u64,
             width: g.width as u64,
@@ -312,23 +340,34 @@ impl<'a> Builder<'a> {
             set_len: g.set_len() as u64,
             params: g.params() as u64,
             set_params: set_params as u64,
+            tokens: r.fusion.tokens.unwrap_or(0) as u64,
+            block_dims: blocks.dims.map(|dim| dim as u64),
+            block_strides: blocks.strides.map(|stride| stride as u64),
             eps: r.eps,
             count: g.set_len() as f64,
+            weight_offset: r.fusion.weight_offset,
+            slope,
             by_span: Divisor::new(span),
             flags: bits,
+            activation,
+            ..Shape::default()
+        };
+        let schedule = Schedule {
             pieces: 1,
             chunks: 1,
+            copies: 1,
             lanes: 32,
-            ..Params::default()
+            segs: 1,
+            stages: 1,
+            ..Schedule::default()
         };
-        let lanes = 16 / r.element.bytes();
         let (launches, scratch) = (Vec::with_capacity(4), Scratch::default());
-        Self { r, g, device, affinity, lanes, launches, params, scratch, reserved: 0, traffic: 0 }
+        Self { r, g, device, affinity, launches, shape, schedule, scratch, reserved: 0, traffic: 0 }
     }
 
     fn done(self) -> Plan {
-        let Self { launches, params, scratch, reserved: workspace, traffic, .. } = self;
-        Plan { launches, params, workspace, traffic, scratch }
+        let Self { launches, shape, schedule, scratch, reserved: workspace, traffic, .. } = self;
+        Plan { launches, shape, schedule, workspace, traffic, scratch }
     }
 
     /// Bytes of the accumulation dtype.
@@ -348,21 +387,58 @@ impl<'a> Builder<'a> {
         self.traffic += passes * self.g.elements() * self.r.element.bytes();
     }
 
+    /// Elements of one access.
+    fn unit(&self, access: Access) -> usize {
+        match access {
+            Access::Vector => 16 / self.r.element.bytes(),
+            Access::Half => 8 / self.r.element.bytes(),
+            Access::Scalar => 1,
+        }
+    }
+
+    /// The widest access for segments of `run` elements.
+    fn access(&self, run: usize) -> Access {
+        match self.affinity {
+            Affinity::Column if !self.r.params_aligned => Access::Scalar,
+            // An access has one parameter.
+            Affinity::Span => self.widest([run, self.shape.span as usize]),
+            _ => self.widest([run, self.g.run]),
+        }
+    }
+
+    /// The same for whole rows.
+    fn width_access(&self) -> Access {
+        self.widest([self.g.width; 2])
+    }
+
+    /// All that starts behind these numbers of elements is aligned to it.
+    fn widest(&self, lengths: [usize; 2]) -> Access {
+        let bytes = self.r.element.bytes();
+        let strides = self.r.x_blocks.map_or([0; 4], |blocks| blocks.strides);
+        let lengths = lengths.into_iter().chain(strides).fold(16, |all, length| all | (length * bytes));
+        let fits = |width: usize| self.r.align >= width && lengths.is_multiple_of(width);
+        match bytes {
+            _ if fits(16) => Access::Vector,
+            2 if fits(8) => Access::Half,
+            _ => Access::Scalar,
+        }
+    }
+
     fn launch(
         &mut self,
         kernel: Kernel,
-        vector: bool,
+        access: Access,
         grid: usize,
         block: usize,
         shared: usize,
     ) -> Result<()> {
-        self.launch_cluster(kernel, vector, grid, block, shared, 1)
+        self.launch_cluster(kernel, access, grid, block, shared, 1)
     }
 
     fn launch_cluster(
         &mut self,
         kernel: Kernel,
-        vector: bool,
+        access: Access,
         grid: usize,
         block: usize,
         shared: usize,
@@ -372,56 +448,62 @@ impl<'a> Builder<'a> {
         if grid > i32::MAX as usize {
             bail!("{name}: {:?} needs {grid} blocks, expected at most {}", self.g, i32::MAX)
         }
-        let Some(entry) = Entry::new(kernel, self.r.element, vector) else {
-            bail!("{name}: no kernel {kernel:?} for {:?}", self.r.element)
-        };
+        let entry = self.entry(kernel, access)?;
         let (grid, block, shared, cluster) = (grid as u32, block as u32, shared as u32, cluster as u32);
         self.launches.push(Launch { entry, grid, block, shared, cluster });
         Ok(())
     }
 
-    /// Says how parts lie, and merges them.
+    fn entry(&self, kernel: Kernel, access: Access) -> Result<Entry> {
+        match Entry::new(kernel, self.r.element, access) {
+            Some(entry) => Ok(entry),
+            None => bail!("{}: no kernel {kernel:?} with {access:?} for {:?}", self.r.name, self.r.element),
+        }
+    }
+
+    /// Says how parts lie, and merges them: a set by a few lanes of a warp, or by a whole block.
     fn combine(&mut self, kernel: Kernel, part: Part) -> Result<()> {
+        const BLOCK: usize = 256;
         self.set_part(part);
         let items = part.chunks * part.run;
-        let lanes = items.div_ceil(4).next_power_of_two().min(32);
-        self.params.combine_lanes = lanes as u32;
+        let lanes = match items.div_ceil(4).next_power_of_two() {
+            few @ ..=32 => few,
+            _ => BLOCK,
+        };
+        self.schedule.combine_lanes = lanes as u32;
+        let shared = if lanes > 32 { 32 * (3 * self.accumulator() + 8) } else { 0 };
         match self.g.sets() {
             0 => Ok(()),
-            sets => self.launch(kernel, true, (sets * lanes).div_ceil(128), 128, 0),
+            sets => self.launch(kernel, Access::Vector, (sets * lanes).div_ceil(BLOCK), BLOCK, shared),
         }
     }
 
     fn set_part(&mut self, part: Part) {
-        self.params.part_chunks = part.chunks as u64;
-        self.params.part_width = part.width as u64;
-        self.params.part_run = part.run as u64;
-        self.params.part_span = part.span as u64;
+        self.schedule.part_chunks = part.chunks as u64;
+        self.schedule.part_width = part.width as u64;
+        self.schedule.part_run = part.run as u64;
+        self.schedule.part_span = part.span as u64;
     }
 
     /// Adds up `copies` of the parameters' gradients, `width` long, `span` of which are a parameter's.
     fn reduce(&mut self, copies: usize, width: usize, span: usize) -> Result<()> {
         const BLOCK: usize = 256;
-        let params = self.g.params();
-        let columns = if span == 1 { params.next_power_of_two().min(32) } else { 1 };
-        self.params.copies = copies as u64;
-        self.params.param_width = width as u64;
-        self.params.param_span = span as u64;
-        self.params.reduce_columns = columns as u32;
+        let params = self.g.params() * self.r.samples();
+        // Neighbouring columns side by side fill a sector; the rest of the block shares out the copies.
+        let columns = if span == 1 { params.next_power_of_two().min(8) } else { 1 };
+        self.schedule.copies = copies as u64;
+        self.schedule.param_width = width as u64;
+        self.schedule.param_span = span as u64;
+        self.schedule.reduce_columns = columns as u32;
         let shared = BLOCK * self.accumulator();
         match params {
             0 => Ok(()),
-            _ => self.launch(Kernel::ReduceParams, true, params.div_ceil(columns), BLOCK, shared),
+            _ => self.launch(Kernel::ReduceParams, Access::Vector, params.div_ceil(columns), BLOCK, shared),
         }
     }
 
-    /// Makes room for gradients in parts, unless there is one part alone, and adds them up.
+    /// Makes room for gradients in parts, and adds them up.
     fn reduce_parts(&mut self, copies: usize, width: usize) -> Result<()> {
-        self.params.copies = copies as u64;
-        self.params.param_width = width as u64;
-        if copies == 1 {
-            return Ok(());
-        }
         self.scratch.param_parts = Some(self.reserve(2 * copies * width));
         self.reduce(copies, width, 1)
     }

@@ -11,11 +11,11 @@ use crate::request::{Arg, Backward, Forward, Given, Norm, Normed, Running, Want}
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, Var};
 use half::{bf16, f16};
 
-const EPS: f64 = 1e-5;
-const DTYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
+pub(super) const EPS: f64 = 1e-5;
+pub(super) const DTYPES: [DType; 4] = [DType::F32, DType::F16, DType::BF16, DType::F64];
 
 /// Half a unit in the last place of 1, the rounding of one result.
-fn half_ulp(dtype: DType) -> f64 {
+pub(super) fn half_ulp(dtype: DType) -> f64 {
     match dtype {
         DType::F64 => f64::EPSILON / 2.0,
         DType::F32 => f32::EPSILON as f64 / 2.0,
@@ -24,7 +24,7 @@ fn half_ulp(dtype: DType) -> f64 {
     }
 }
 
-fn to_storage(v: &[f64], dtype: DType) -> CpuStorage {
+pub(super) fn to_storage(v: &[f64], dtype: DType) -> CpuStorage {
     match dtype {
         DType::F64 => CpuStorage::F64(v.to_vec()),
         DType::F32 => CpuStorage::F32(v.iter().map(|&x| x as f32).collect()),
@@ -33,7 +33,7 @@ fn to_storage(v: &[f64], dtype: DType) -> CpuStorage {
     }
 }
 
-fn to_f64(storage: &CpuStorage) -> Vec<f64> {
+pub(super) fn to_f64(storage: &CpuStorage) -> Vec<f64> {
     match storage {
         CpuStorage::F64(v) => v.clone(),
         CpuStorage::F32(v) => v.iter().map(|&x| x as f64).collect(),
@@ -44,7 +44,7 @@ fn to_f64(storage: &CpuStorage) -> Vec<f64> {
 }
 
 /// Numbers in [-1, 1) around `center`, the same in every run.
-fn noise(len: usize, seed: u64, center: f64) -> Vec<f64> {
+pub(super) fn noise(len: usize, seed: u64, center: f64) -> Vec<f64> {
     let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     let mut next = || {
         state ^= state << 13;
@@ -141,7 +141,7 @@ impl Data {
     }
 }
 
-fn assert_close(what: &str, got: &CpuStorage, expected: &[f64], tolerance: f64) {
+pub(super) fn assert_close(what: &str, got: &CpuStorage, expected: &[f64], tolerance: f64) {
     let got = to_f64(got);
     assert_eq!(got.len(), expected.len(), "{what}: length");
     for (i, (got, expected)) in got.iter().zip(expected).enumerate() {
@@ -264,16 +264,16 @@ fn steps(
     Ok(())
 }
 
-fn rows(outer: usize, n: usize) -> Geometry {
+pub(super) fn rows(outer: usize, n: usize) -> Geometry {
     Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center: true }
 }
 
-fn groups(outer: usize, groups: usize, channels: usize, space: usize) -> Geometry {
+pub(super) fn groups(outer: usize, groups: usize, channels: usize, space: usize) -> Geometry {
     let (width, affine) = (groups * channels * space, Affine::Column { span: space });
     Geometry { outer, rows: 1, width, run: channels * space, affine, center: true }
 }
 
-fn batch(samples: usize, channels: usize, space: usize) -> Geometry {
+pub(super) fn batch(samples: usize, channels: usize, space: usize) -> Geometry {
     let affine = Affine::Column { span: space };
     Geometry { outer: 1, rows: samples, width: channels * space, run: space, affine, center: true }
 }
@@ -366,6 +366,17 @@ fn ladder(dtype: DType) -> Vec<(u32, Geometry, usize)> {
             (90, groups(2, 2, 3, 12 * per), 0),
             (90, groups(2, 1, 3, 12 * per + 1), 0),
             (90, batch(2, 2, 30 * per), 0),
+        ]);
+    }
+    if dtype.size_in_bytes() == 2 {
+        // Accesses of 8 bytes.
+        all.extend([
+            (80, rows(5, 100), 0),
+            (80, rows(3, 64), 4),
+            (90, batch(4, 3, 196), 0),
+            (80, groups(2, 2, 3, 36), 0),
+            (70, rows(2, 60 * per + 4), 0),
+            (90, batch(4, 2, 12 * per + 4), 0),
         ]);
     }
     all

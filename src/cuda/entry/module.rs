@@ -2,7 +2,7 @@
 //!
 //! Apart, because the emulation has all kernels linked in and loads nothing.
 
-use super::{Entry, Kernel, TABLE};
+use super::{Entry, TABLE};
 
 macro_rules! stems {
     ($($stem:literal)*) => {
@@ -47,11 +47,8 @@ impl Module {
 }
 
 impl Entry {
-    pub fn all() -> impl Iterator<Item = Entry> {
-        (0..Self::COUNT as u16).map(Entry)
-    }
-
-    pub fn kernel(self) -> Kernel {
+    #[cfg(test)]
+    pub fn kernel(self) -> super::Kernel {
         TABLE[self.index()].kernel
     }
 
@@ -60,9 +57,9 @@ impl Entry {
         Module(STEMS.iter().position(|s| *s == stem).unwrap_or(0) as u8)
     }
 
-    /// Whether the module has to raise the kernel's limit of dynamic shared memory.
+    /// Whether the module has to raise the kernel's limit of dynamic shared memory: for kernels that hold
+    /// whole sets there.
     pub fn needs_shared_opt_in(self) -> bool {
-        use Kernel::*;
-        matches!(self.kernel(), ForwardShared | BackwardShared | ForwardClusterShared | BackwardClusterShared)
+        self.module().stem().starts_with("rows") || self.module().stem().starts_with("cluster")
     }
 }

@@ -1,8 +1,8 @@
 //! Plans where lanes own columns and walk rows: channels-last, short runs, parameters by row.
 
 use super::{Affinity, BackwardNeeds, Builder, ForwardNeeds, Part};
-use crate::cuda::entry::Kernel;
-use crate::cuda::params::Divisor;
+use crate::cuda::entry::{Access, Kernel};
+use crate::cuda::params::{flags, Divisor};
 use crate::geometry::Affine;
 use candle_core::Result;
 
@@ -17,41 +17,50 @@ impl Builder<'_> {
     /// and the number of tiles side by side.
     ///
     /// Where columns are samples (parameters by row), the way a column is summed must not depend on how
-    /// many there are: always 32 lanes, and chunks as for 16-byte accesses.
-    fn tiles(&mut self) -> (bool, usize) {
-        let vector = self.r.aligned && self.g.width.is_multiple_of(self.lanes);
-        let unit = if vector { self.lanes } else { 1 };
+    /// many there are: always 32 lanes, and chunks as for the widest accesses.
+    fn tiles(&mut self) -> (Access, usize) {
+        // Four elements of 16 bits: a thread has registers for every column of its own.
+        let widest = if self.r.element.bytes() == 2 { Access::Half } else { Access::Vector };
+        let access = match self.width_access() {
+            Access::Scalar => Access::Scalar,
+            _ => widest,
+        };
+        let (unit, widest) = (self.unit(access), self.unit(widest));
         let samples = self.g.affine == Affine::Row;
         let lanes = match samples {
             true => 32,
             false => self.g.width.div_ceil(unit).next_power_of_two().min(32),
         };
-        let row = lanes * if samples { self.lanes } else { unit } * self.r.element.bytes();
+        let row = lanes * if samples { widest } else { unit } * self.r.element.bytes();
         let tile_rows = (TILE_BYTES / row).max(4 * BLOCK / lanes);
         let chunk_rows = tile_rows.max(self.g.rows.div_ceil(MAX_CHUNKS));
-        self.params.lanes = lanes as u32;
-        self.params.chunk_rows = chunk_rows as u64;
-        self.params.chunks = self.g.rows.div_ceil(chunk_rows) as u64;
-        self.params.by_seg = Divisor::new(self.g.run);
-        (vector, self.g.width.div_ceil(lanes * unit))
+        self.schedule.lanes = lanes as u32;
+        self.schedule.chunk_rows = chunk_rows as u64;
+        self.schedule.chunks = self.g.rows.div_ceil(chunk_rows) as u64;
+        self.schedule.by_seg = Divisor::new(self.g.run);
+        (access, self.g.width.div_ceil(lanes * unit))
     }
 
-    fn launch_tiles(&mut self, kernel: Kernel, (vector, tiles): (bool, usize), shared: usize) -> Result<()> {
-        let grid = tiles * self.params.chunks as usize * self.g.outer;
-        self.launch(kernel, vector, grid, BLOCK, shared)
+    fn launch_tiles(
+        &mut self,
+        kernel: Kernel,
+        (access, tiles): (Access, usize),
+        shared: usize,
+    ) -> Result<()> {
+        let grid = tiles * self.schedule.chunks as usize * self.g.outer;
+        self.launch(kernel, access, grid, BLOCK, shared)
     }
 
     /// Parts of columns: every column of every chunk.
     fn column_part(&self) -> Part {
-        let span = self.params.span as usize;
-        Part { chunks: self.params.chunks as usize, width: self.g.width, run: self.g.run, span }
+        let span = self.shape.span as usize;
+        Part { chunks: self.schedule.chunks as usize, width: self.g.width, run: self.g.run, span }
     }
 
     /// Bytes of shared memory in which half a block leaves `values` accumulators and `counts` counts
     /// for each of its columns.
-    fn fold(&self, vector: bool, values: usize, counts: usize) -> usize {
-        let unit = if vector { self.lanes } else { 1 };
-        BLOCK / 2 * (unit * values * self.accumulator() + 4 * counts)
+    fn fold(&self, access: Access, values: usize, counts: usize) -> usize {
+        BLOCK / 2 * (self.unit(access) * values * self.accumulator() + 4 * counts)
     }
 }
 
@@ -77,6 +86,7 @@ pub(super) fn sums(b: &mut Builder, write_dx: bool) -> Result<Part> {
     let tiles = b.tiles();
     let part = b.column_part();
     b.set_part(part);
+    b.shape.flags |= flags::SUMS_WRITE;
     b.scratch.part_sums = Some(b.reserve(2 * b.g.outer * part.chunks * part.width));
     b.launch_tiles(Kernel::ColumnSums, tiles, b.fold(tiles.0, 2, 0))?;
     b.passes(2 + write_dx as usize);
@@ -92,16 +102,16 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
         let part = sums(b, needs.dx && needs.fixed)?;
         b.after_sums(part, needs)?;
     }
-    if own || (needs.dx && !needs.params()) {
+    if own || ((needs.dx || needs.upstream) && !needs.params()) {
         input_gradient(b)?;
-        b.traffic -= if needs.fixed { b.g.elements() * b.r.element.bytes() } else { 0 };
+        b.traffic -= needs.fixed as usize * b.g.elements() * b.r.element.bytes();
     }
     Ok(())
 }
 
 /// Parameters by row: their gradients come with dx, since both need the statistics of columns.
 fn backward_rows(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
-    b.params.flags |= crate::cuda::params::flags::PART_WEIGHTED;
+    b.shape.flags |= flags::PART_WEIGHTED;
     if needs.dx && !needs.fixed {
         let part = sums(b, false)?;
         b.scratch.sums = Some(b.reserve(2 * b.g.sets()));

@@ -1,0 +1,70 @@
+// The affine map's parameters: which of them V neighbouring elements of a set have.
+//
+// The one place that reads weight and bias. Neighbours of one access have neighbouring parameters, aligned
+// as 16 bytes, or one parameter: the plan sees to it. The dtype is a run-time value, the same for all threads:
+// the loops around it are not unrolled, so that a branch costs a few slots a pack and no code.
+#pragma once
+#include "element.cuh"
+
+template <class A> struct Affine {
+    const Params& p;
+    u64 first; // parameter of element 0
+
+    __device__ Affine(const Params& p, u64 first) : p(p), first(first) {}
+
+    // Elements e .. e + V of the set, counted from the one that `first` belongs to.
+    template <int V> __device__ void weight(u32 e, A (&w)[V]) const {
+        if (p.weight) {
+            load(p.weight, p.weight_dtype, e, w);
+#pragma unroll
+            for (int v = 0; v < V; ++v) w[v] += A(p.weight_offset);
+        } else {
+            fill(w, A(1));
+        }
+    }
+    template <int V> __device__ void bias(u32 e, A (&b)[V]) const {
+        if (p.bias) {
+            load(p.bias, p.bias_dtype, e, b);
+        } else {
+            fill(b, A(0));
+        }
+    }
+    // The weight that a whole set, column or row has.
+    __device__ A weight_at(u64 param) const {
+        return p.weight ? load_param<A>(p.weight, p.weight_dtype, param) + A(p.weight_offset) : A(1);
+    }
+    __device__ A bias_at(u64 param) const { return p.bias ? load_param<A>(p.bias, p.bias_dtype, param) : A(0); }
+    // Weights where they differ within a set, else ones: a weight that a whole set shares is
+    // multiplied into the sums instead.
+    template <int V> __device__ void varying_weight(u32 e, A (&w)[V]) const {
+        if (p.has(PER_SET)) {
+            fill(w, A(1));
+        } else {
+            weight(e, w);
+        }
+    }
+    __device__ A shared_weight() const { return p.has(PER_SET) ? weight_at(first) : A(1); }
+
+    // Asks for the parameters of element e ahead of their use.
+    __device__ void ask(u32 e) const {
+        const auto line = [&](const void* from, u32 dtype) {
+            const u32 bytes = dtype == 0 ? 4 : dtype == 3 ? 8 : 2;
+            if (from) prefetch(static_cast<const char*>(from) + (first + e) * bytes);
+        };
+        line(p.weight, p.weight_dtype);
+        line(p.bias, p.bias_dtype);
+    }
+
+  private:
+    template <int V> __device__ static void fill(A (&to)[V], A value) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) to[v] = value;
+    }
+    template <int V> __device__ void load(const void* from, u32 dtype, u32 e, A (&to)[V]) const {
+        if (p.has(PER_COLUMN)) {
+            load_neighbours(from, dtype, first + e, to);
+        } else {
+            fill(to, load_param<A>(from, dtype, first + (p.has(PER_SET) ? 0 : p.by_span(e))));
+        }
+    }
+};

@@ -1,0 +1,306 @@
+// Gradients of sets that fit on chip: x and dy read once, dx written once.
+//
+// With xhat = (x - mean) * rstd and g = dy * weight, over n elements of a set:
+//     dx = rstd * (g - sum(g) / n - xhat * sum(g * xhat) / n),
+// without the first sum where nothing was centered. `backward_rows` is for sets whose every column has
+// its own parameter: a thread keeps to its columns and adds up their gradients in registers, while the
+// next rows are on their way. `backward_sets` is for all others.
+#pragma once
+#include "held.cuh"
+
+// Elements of x, and of dy, that a thread of backward_rows has: src/cuda/plan/held.rs counts the same.
+template <class T> constexpr int BACKWARD_ELEMENTS = sizeof(T) == 8 ? 8 : 16;
+
+// dx from its parts; sums[0] and sums[1] are the two sums already divided by n.
+template <class A> __device__ inline A input_gradient(const Stats<A>& stats, A x, A g, const A (&sums)[2]) {
+    return (g - sums[0] - stats(x) * sums[1]) * stats.rstd;
+}
+
+// dy becomes dz where it is held: what comes after knows of no fusion.
+// `write` stores the gradients of skip and gate.
+template <class T, int V, int C, class Where, class A>
+__device__ inline void take_upstream(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, bool write,
+                                     const T* held, const HeldGradient<T, V>& dheld) {
+    const Affine<A> affine(p, at.first_param);
+#pragma unroll 1
+    for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
+        const u32 e = (slice.first + unit) * V;
+        A z[V], d[V], w[V], b[V];
+        load<T, V>(held + unit * V, z);
+        dheld.get_raw(unit * V, d);
+        affine.weight(at.column(e), w);
+        affine.bias(at.column(e), b);
+#pragma unroll
+        for (int v = 0; v < V; ++v) z[v] = stats(z[v]) * w[v] + b[v];
+        upstream<T, V>(p, at.base + at.offset(p, e), write, z, d);
+        dheld.set(unit * V, d);
+    }
+}
+
+// The sums of a set become the two means of the formula, times the weight that the whole set shares.
+template <class A> __device__ inline void to_means(const Params& p, A weight, A (&sums)[2]) {
+    sums[0] = p.has(CENTER) ? sums[0] * weight / A(p.count) : A(0);
+    sums[1] = sums[1] * weight / A(p.count);
+}
+
+// dx of a held set or chunk. `weight` is the one that the whole set shares.
+template <class T, int V, int C, class Where, class A>
+__device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, A weight,
+                                          const A (&sums)[2], const T* held, const HeldGradient<T, V>& dheld) {
+    const Affine<A> affine(p, at.first_param);
+    T* out = static_cast<T*>(p.out) + at.base;
+#pragma unroll 2
+    for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
+        const u32 e = (slice.first + unit) * V;
+        A values[V] = {}, d[V], w[V];
+        dheld.get(unit * V, d);
+        affine.varying_weight(at.column(e), w);
+#pragma unroll
+        for (int v = 0; v < V; ++v) d[v] *= w[v] * weight;
+        if (p.has(FIXED)) {
+            // Without sums dx does not depend on x.
+#pragma unroll
+            for (int v = 0; v < V; ++v) values[v] = d[v] * stats.rstd;
+        } else {
+            load<T, V>(held + unit * V, values);
+#pragma unroll
+            for (int v = 0; v < V; ++v) values[v] = input_gradient(stats, values[v], d[v], sums);
+        }
+        store<T, V>(out + at.offset(p, e), values);
+    }
+}
+
+// Adds up what the groups of a block have in the same columns, group after group; the last one has
+// the total.
+template <class A, int K>
+__device__ inline void add_groups(A (&values)[K], A* shared, u32 lanes) {
+    const u32 mine = threadIdx.x / lanes, groups = blockDim.x / lanes;
+    A* slot = shared + threadIdx.x % lanes;
+    for (u32 turn = 0; turn < groups; ++turn) {
+        __syncthreads();
+        if (mine != turn) continue;
+#pragma unroll
+        for (int k = 0; k < K; ++k) {
+            if (turn > 0) values[k] += slot[k * lanes];
+            slot[k * lanes] = values[k];
+        }
+    }
+    __syncthreads();
+}
+
+// The rows of a block of backward_rows: one set of each outer block of a range, all of one sample.
+struct Work {
+    u64 first, last, line, copy;
+
+    __device__ Work(const Params& p, u32 cluster) {
+        const u64 block = blockIdx.x / cluster, tokens = p.tokens ? p.tokens : p.outer;
+        const u64 worker = quotient(block, p.sets_per_outer), sample = quotient(worker, p.copies);
+        const u64 each = quotient(tokens + p.copies - 1, p.copies);
+        line = block - worker * p.sets_per_outer;
+        copy = worker - sample * p.copies;
+        first = sample * tokens + copy * each;
+        last = copy * each + each < tokens ? first + each : (sample + 1) * tokens;
+    }
+};
+
+// A row, or a tile of one: its elements are neighbours, and so are their parameters.
+struct Row {
+    u64 base, x_base, first_param;
+
+    __device__ u64 offset(const Params&, u32 e) const { return e; }
+    __device__ u32 column(u32 e) const { return e; }
+};
+
+template <class T, int V, int C> __device__ void backward_rows(const Params& p) {
+    using A = typename Accumulator<T>::type;
+    constexpr int N = BACKWARD_ELEMENTS<T> / V, E = N * V;
+    Group<A, C> group(p.lanes, shared_memory());
+    const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
+    const Work work(p, C);
+    const u32 per_block = blockDim.x / p.lanes, mine = threadIdx.x / p.lanes, room = held_bytes<T>(slice.each * V);
+    const u32 both = room + HeldGradient<T, V>::bytes(p, slice.each * V);
+    char* memory = shared_memory() + Group<A, C>::BYTES;
+    const auto x_of = [&](u32 stage) { return reinterpret_cast<T*>(memory + (mine * p.stages + stage) * both); };
+    const auto dy_of = [&](u32 stage) { return HeldGradient<T, V>(p, memory + (mine * p.stages + stage) * both + room); };
+    const auto place = [&](u64 item) {
+        const Place at = place_set(p, item * p.sets_per_outer + work.line);
+        return Row{at.base, at.x_base, at.first_param};
+    };
+    const auto ask = [&](u64 item, u32 stage) {
+        if (item + mine < work.last) {
+            const Row at = place(item + mine);
+            hold_async(p, slice, at, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
+            dy_of(stage).ask(p, slice, at);
+        }
+        copies_batch();
+    };
+    A dweight[E] = {}, dbias[E] = {};
+    u32 stage = 0;
+    ask(work.first, stage);
+    for (u64 item = work.first; item < work.last; item += per_block, stage ^= p.stages > 1) {
+        const bool ahead = p.stages > 1, active = item + mine < work.last;
+        if (ahead) {
+            ask(item + per_block, stage ^ 1);
+        } else if (item != work.first) {
+            ask(item, stage);
+        }
+        const u64 now = active ? item + mine : item;
+        const Row at = place(now);
+        const Stats<A> stats = load_stats<A>(p, now * p.sets_per_outer + work.line);
+        const Affine<A> affine(p, at.first_param);
+        if (ahead) {
+            copies_done<1>();
+        } else {
+            copies_done();
+        }
+        const T* x = x_of(stage);
+        const HeldGradient<T, V> dy = dy_of(stage);
+        if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, x, dy);
+        A sums[2] = {};
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const u32 unit = slice.lane + k * slice.lanes;
+            if (unit >= slice.units || !active) continue;
+            A values[V], d[V], w[V];
+            load<T, V>(x + unit * V, values);
+            dy.get(unit * V, d);
+            affine.weight((slice.first + unit) * V, w);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const A xhat = stats(values[v]);
+                sums[0] += d[v] * w[v];
+                sums[1] += d[v] * w[v] * xhat;
+                dweight[k * V + v] += d[v] * xhat;
+                dbias[k * V + v] += d[v];
+            }
+        }
+        if (!p.out) continue;
+        group.sum(sums);
+        to_means(p, A(1), sums);
+        if (active) put_input_gradient(p, slice, at, stats, A(1), sums, x, dy);
+    }
+    if (p.has(WANT_PARAMS)) {
+        if (per_block > 1) {
+            A* shared = reinterpret_cast<A*>(memory);
+            add_groups(dweight, shared, p.lanes);
+            add_groups(dbias, shared, p.lanes);
+        }
+        const u64 first = place(work.first).first_param;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const u32 unit = slice.lane + k * slice.lanes;
+            if (mine != per_block - 1 || unit >= slice.units) continue;
+            put_param_parts<V>(p, work.copy, first + (slice.first + unit) * V, dweight + k * V, dbias + k * V);
+        }
+    }
+    group.leave();
+}
+
+// The segments of a set that lie in one block's slice, cut into pieces that lanes can share out evenly.
+struct Segments {
+    u32 first, count, start, end, span, pieces, piece_len;
+
+    __device__ Segments(const Params& p, u32 start, u32 len)
+        : first(len ? p.by_span(start) : 0), count(len ? p.by_span(start + len - 1) - first + 1 : 0), start(start),
+          end(start + len), span(p.by_span.divisor), pieces(u32(p.pieces)), piece_len(u32(p.chunk_len)) {}
+    __device__ u32 items() const { return count * pieces; }
+    // First and past-the-last element of an item, within the slice.
+    __device__ void range(u32 item, u32& from, u32& to) const {
+        const u32 base = (first + item / pieces) * span, at = item % pieces * piece_len;
+        from = base + (at < span ? at : span);
+        to = base + (at + piece_len < span ? at + piece_len : span);
+        from = from < start ? start : from;
+        to = to > end ? end : to;
+    }
+};
+
+// Sums of a set whose segments have parameters of their own: first of every piece, by a few lanes, then
+// of every segment, which are the parameters' gradients, then of the set.
+template <class T, int V, int C, class A>
+__device__ inline void segment_sums(const Params& p, const Segments& segments, const Place& at, const T* x,
+                                    const HeldGradient<T, V>& dy, const Stats<A>& stats, A* parts, A (&sums)[2]) {
+    const u32 lanes = p.segment_lanes, lane = threadIdx.x % lanes, groups = blockDim.x / lanes, items = segments.items();
+    const Affine<A> affine(p, at.first_param);
+    for (u32 i = 0; i < items; i += groups) {
+        const u32 item = i + threadIdx.x / lanes;
+        u32 from = 0, to = 0;
+        if (item < items) segments.range(item, from, to);
+        A a = 0, b = 0;
+        for (u32 e = from + lane * V; e < to; e += lanes * V) {
+            A values[V], d[V];
+            load<T, V>(x + e - segments.start, values);
+            dy.get(e - segments.start, d);
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                a += d[v];
+                b += d[v] * stats(values[v]);
+            }
+        }
+        a = lanes_sum(a, lanes);
+        b = lanes_sum(b, lanes);
+        if (lane == 0 && item < items) parts[2 * item] = a, parts[2 * item + 1] = b;
+    }
+    __syncthreads();
+    const u64 copy = at.outer * C + block_rank<C>();
+    for (u32 i = threadIdx.x; i < u32(p.set_params); i += blockDim.x) {
+        A a = 0, b = 0;
+        if (i >= segments.first && i - segments.first < segments.count) {
+            const A* part = parts + 2 * (i - segments.first) * segments.pieces;
+            for (u32 piece = 0; piece < segments.pieces; ++piece) a += part[2 * piece], b += part[2 * piece + 1];
+            const A w = affine.weight_at(at.first_param + i);
+            sums[0] += w * a;
+            sums[1] += w * b;
+        }
+        put_param_gradient(p, copy, at.first_param + i, b, a);
+    }
+}
+
+template <class T, int V, int C> __device__ void backward_sets(const Params& p) {
+    using A = typename Accumulator<T>::type;
+    Group<A, C> group(p.lanes, shared_memory());
+    const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
+    const u32 sets_per_block = blockDim.x / p.lanes, mine = threadIdx.x / p.lanes, room = held_bytes<T>(slice.each * V);
+    const u32 both = room + HeldGradient<T, V>::bytes(p, slice.each * V);
+    char* memory = shared_memory() + Group<A, C>::BYTES;
+    T* held = reinterpret_cast<T*>(memory + mine * both);
+    const HeldGradient<T, V> dheld(p, memory + mine * both + room);
+    A* parts = reinterpret_cast<A*>(memory + both);
+    const bool by_segment = !p.has(PER_SET) && !p.has(PER_COLUMN);
+    for (u64 first = u64(blockIdx.x / C) * sets_per_block; first < p.sets; first += u64(gridDim.x / C) * sets_per_block) {
+        const bool active = first + mine < p.sets;
+        const Place at = place_set(p, active ? first + mine : first);
+        hold_async(p, slice, at, static_cast<const T*>(p.x) + at.x_base, held);
+        dheld.ask(p, slice, at);
+        copies_batch();
+        const Stats<A> stats = load_stats<A>(p, at.set);
+        const Affine<A> affine(p, at.first_param);
+        copies_done();
+        if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, held, dheld);
+        A sums[2] = {};
+        if (by_segment) {
+            __syncthreads();
+            segment_sums<T, V, C>(p, Segments(p, slice.first * V, slice.units * V), at, held, dheld, stats, parts, sums);
+        } else {
+#pragma unroll 2
+            for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
+                A values[V], d[V], w[V];
+                load<T, V>(held + unit * V, values);
+                dheld.get(unit * V, d);
+                affine.varying_weight((slice.first + unit) * V, w);
+#pragma unroll
+                for (int v = 0; v < V; ++v) {
+                    sums[0] += d[v] * w[v];
+                    sums[1] += d[v] * w[v] * stats(values[v]);
+                }
+            }
+        }
+        group.sum(sums);
+        if (p.has(PER_SET) && p.has(WANT_PARAMS) && active && group.first()) {
+            put_param_gradient(p, at.outer, at.first_param, sums[1], sums[0]);
+        }
+        const A weight = affine.shared_weight();
+        to_means(p, weight, sums);
+        if (p.out && active) put_input_gradient(p, slice, at, stats, weight, sums, held, dheld);
+    }
+    group.leave();
+}
