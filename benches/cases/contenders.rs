@@ -4,9 +4,9 @@
 //! fused LayerNorm and RMSNorm have no gradient: its training rows take the `_slow` compositions.
 
 use super::inputs::Inputs;
-use super::{Norm, Row};
+use super::{fused, Norm, Row};
 use candle_core::backprop::GradStore;
-use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, Var};
+use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, Var};
 use candle_nn::{Module, ModuleT};
 use candle_norm::functional as norm;
 
@@ -14,7 +14,42 @@ pub const EPS: f64 = 1e-5;
 pub const MOMENTUM: f64 = 0.1;
 
 /// A norm with its parameters, waiting for x.
-pub type Layer = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+pub type Layer = Box<dyn Fn(&Tensor) -> Result<Outputs>>;
+
+/// What a row computes.
+pub struct Outputs {
+    pub y: Tensor,
+    /// What was normalized, where the model goes on with it: a residual stream.
+    pub sum: Option<Tensor>,
+}
+
+impl Outputs {
+    pub fn one(y: Tensor) -> Self {
+        Self { y, sum: None }
+    }
+}
+
+/// A row's inputs but x, as the mode sees them.
+pub struct Args {
+    pub weight: Tensor,
+    pub bias: Option<Tensor>,
+    pub other: Option<Tensor>,
+    pub mean: Var,
+    pub var: Var,
+}
+
+impl Args {
+    fn new(inputs: &Inputs, mode: Mode) -> Self {
+        let param = |var: &Option<Var>| var.as_ref().map(|var| mode.param(var));
+        Self {
+            weight: mode.param(&inputs.weight),
+            bias: param(&inputs.bias),
+            other: param(&inputs.other),
+            mean: inputs.running_mean.clone(),
+            var: inputs.running_var.clone(),
+        }
+    }
+}
 
 /// What is measured of a norm.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,15 +75,16 @@ pub fn input(inputs: &Inputs, mode: Mode) -> Tensor {
 }
 
 pub fn candle_norm(row: &Row, inputs: &Inputs, mode: Mode) -> Layer {
-    let weight = mode.param(&inputs.weight);
-    let bias = inputs.bias.as_ref().map(|b| mode.param(b));
-    let (mean, var) = (inputs.running_mean.clone(), inputs.running_var.clone());
-    let shape = vec![row.case.norm.params(row.case.shape)];
-    let kind = row.case.norm;
+    let args = Args::new(inputs, mode);
+    if row.case.norm.is_fused() {
+        return fused::candle_norm(row, args);
+    }
+    let (kind, shape) = (row.case.norm, row.params());
     Box::new(move |x| {
-        let (weight, bias) = (Some(&weight), bias.as_ref());
+        let Args { weight, bias, mean, var, .. } = &args;
+        let (weight, bias) = (Some(weight), bias.as_ref());
         let batch =
-            |training| norm::batch_norm(x, Some(&mean), Some(&var), weight, bias, training, MOMENTUM, EPS);
+            |training| norm::batch_norm(x, Some(mean), Some(var), weight, bias, training, MOMENTUM, EPS);
         match kind {
             Norm::BatchNorm => batch(true),
             Norm::BatchNormEval => batch(false),
@@ -56,15 +92,27 @@ pub fn candle_norm(row: &Row, inputs: &Inputs, mode: Mode) -> Layer {
             Norm::InstanceNorm => norm::instance_norm(x, None, None, weight, bias, true, MOMENTUM, EPS),
             Norm::LayerNorm => norm::layer_norm(x, &shape, weight, bias, EPS),
             Norm::RmsNorm => norm::rms_norm(x, &shape, weight, EPS),
+            _ => bail!("{kind} is more than a norm"),
         }
+        .map(Outputs::one)
     })
 }
 
 /// An error where candle-nn has no such layer or cannot run it in the row's dtype.
 pub fn candle_nn(row: &Row, inputs: &Inputs, mode: Mode) -> Result<Layer> {
-    let weight = mode.param(&inputs.weight);
-    let bias = inputs.bias.as_ref().map(|b| mode.param(b));
-    let channels = row.case.norm.params(row.case.shape);
+    let args = Args::new(inputs, mode);
+    if row.case.norm.is_fused() {
+        return fused::candle_nn(row, args, mode);
+    }
+    let norm = plain_candle_nn(row, args, mode)?;
+    Ok(Box::new(move |x| norm(x).map(Outputs::one)))
+}
+
+type Plain = Box<dyn Fn(&Tensor) -> Result<Tensor>>;
+
+fn plain_candle_nn(row: &Row, args: Args, mode: Mode) -> Result<Plain> {
+    let Args { weight, bias, mean, var, .. } = args;
+    let channels = row.params()[0];
     let with_bias = |bias: Option<Tensor>| match bias {
         Some(bias) => Ok(bias),
         None => bail!("{} has a bias", row.case.norm),
@@ -73,8 +121,7 @@ pub fn candle_nn(row: &Row, inputs: &Inputs, mode: Mode) -> Result<Layer> {
         |groups| candle_nn::GroupNorm::new(weight.clone(), with_bias(bias.clone())?, channels, groups, EPS);
     Ok(match row.case.norm {
         Norm::BatchNorm | Norm::BatchNormEval => {
-            let mean = inputs.running_mean.as_detached_tensor().copy()?;
-            let var = inputs.running_var.as_detached_tensor().copy()?;
+            let (mean, var) = (mean.as_detached_tensor().copy()?, var.as_detached_tensor().copy()?);
             let layer = candle_nn::BatchNorm::new(channels, mean, var, weight, with_bias(bias)?, EPS)?;
             let train = row.case.norm == Norm::BatchNorm;
             Box::new(move |x| layer.forward_t(x, train))
@@ -106,6 +153,7 @@ pub fn candle_nn(row: &Row, inputs: &Inputs, mode: Mode) -> Result<Layer> {
             }
             Mode::ForwardBackward => Box::new(move |x| candle_nn::ops::rms_norm_slow(x, &weight, EPS as f32)),
         },
+        norm => bail!("{norm} is more than a norm"),
     })
 }
 
@@ -129,17 +177,44 @@ impl CustomOp1 for GivenGradient {
     }
 }
 
-/// `loss.backward()` of a loss whose gradient with respect to `y` is `dy`.
-pub fn backward(y: &Tensor, dy: &Tensor) -> Result<GradStore> {
-    y.apply_op1(GivenGradient(dy.clone()))?.backward()
+impl CustomOp2 for GivenGradient {
+    fn name(&self) -> &'static str {
+        "given-gradient"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(self.0.clone()), Some(self.0.clone())))
+    }
+}
+
+/// `loss.backward()` of a loss whose gradient with respect to y, and to the sum, is `dy`.
+pub fn backward(outputs: &Outputs, dy: &Tensor) -> Result<GradStore> {
+    let loss = GivenGradient(dy.clone());
+    match &outputs.sum {
+        Some(sum) => outputs.y.apply_op2(sum, loss)?.backward(),
+        None => outputs.y.apply_op1(loss)?.backward(),
+    }
 }
 
 /// Everything a layer computes, in f32: y, and in training the gradients by name.
 pub fn outputs(layer: &Layer, inputs: &Inputs, mode: Mode) -> Result<Vec<(&'static str, Tensor)>> {
-    let y = layer(&input(inputs, mode))?;
-    let mut all = vec![("y", y.detach().to_dtype(DType::F32)?)];
+    let outputs = layer(&input(inputs, mode))?;
+    let mut all = vec![("y", outputs.y.detach().to_dtype(DType::F32)?)];
+    if let Some(sum) = &outputs.sum {
+        all.push(("sum", sum.detach().to_dtype(DType::F32)?));
+    }
     if mode == Mode::ForwardBackward {
-        let gradients = backward(&y, &inputs.dy)?;
+        let gradients = backward(&outputs, &inputs.dy)?;
         for (name, var) in inputs.tracked() {
             match gradients.get(var) {
                 Some(gradient) => all.push((name, gradient.to_dtype(DType::F32)?)),

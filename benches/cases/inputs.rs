@@ -11,6 +11,8 @@ pub struct Inputs {
     pub x: Var,
     pub weight: Var,
     pub bias: Option<Var>,
+    /// Residual, skip or gate.
+    pub other: Option<Var>,
     /// Gradient of the output.
     pub dy: Tensor,
     pub running_mean: Var,
@@ -20,17 +22,19 @@ pub struct Inputs {
 impl Inputs {
     pub fn new(row: &Row) -> Result<Self> {
         let mut random = Random(SmallRng::seed_from_u64(0x5eed ^ row.elements() as u64));
-        let params = [row.case.norm.params(row.case.shape)];
+        let params = row.params();
         let x = random.tensor(row.case.shape, 0.25, 1.5)?.to_dtype(row.dtype)?;
         let dy = random.tensor(row.case.shape, 0.1, 0.8)?.to_dtype(row.dtype)?;
         let weight = random.tensor(&params, 1.0, 0.2)?.to_dtype(row.param_dtype())?;
         let bias = random.tensor(&params, 0.1, 0.3)?.to_dtype(row.param_dtype())?;
+        let other = random.tensor(row.case.shape, -0.2, 1.2)?.to_dtype(row.dtype)?;
         let running_mean = random.tensor(&params, 0.2, 0.1)?;
         let running_var = random.tensor(&params, 2.0, 0.2)?;
         Ok(Self {
             x: Var::from_tensor(&x)?,
             weight: Var::from_tensor(&weight)?,
             bias: row.case.norm.has_bias().then(|| Var::from_tensor(&bias)).transpose()?,
+            other: row.case.norm.has_other().then(|| Var::from_tensor(&other)).transpose()?,
             dy,
             running_mean: Var::from_tensor(&running_mean)?,
             running_var: Var::from_tensor(&running_var)?,
@@ -41,6 +45,7 @@ impl Inputs {
     pub fn tracked(&self) -> Vec<(&'static str, &Var)> {
         let mut tracked = vec![("x", &self.x), ("weight", &self.weight)];
         tracked.extend(self.bias.as_ref().map(|bias| ("bias", bias)));
+        tracked.extend(self.other.as_ref().map(|other| ("other", other)));
         tracked
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod contenders;
 pub mod copy;
+pub mod fused;
 pub mod inputs;
 pub mod memory;
 pub mod rounds;
@@ -21,14 +22,34 @@ pub enum Norm {
     InstanceNorm,
     LayerNorm,
     RmsNorm,
+    // With what stands around it.
+    AddLayerNorm,
+    AddRmsNorm,
+    GroupNormSilu { groups: usize },
+    BatchNormSkipRelu,
+    ModulatedLayerNorm,
+    LayerNorm2d,
+    GatedRmsNorm,
 }
 
 impl Norm {
-    /// Length of weight and bias for an input of this shape.
-    pub fn params(self, shape: &[usize]) -> usize {
+    /// Whether more than a norm is in the row: those are called by `fused.rs`.
+    pub fn is_fused(self) -> bool {
+        use Norm::*;
+        !matches!(self, BatchNorm | BatchNormEval | GroupNorm { .. } | InstanceNorm | LayerNorm | RmsNorm)
+    }
+
+    fn over_rows(self) -> bool {
+        use Norm::*;
+        matches!(self, LayerNorm | RmsNorm | AddLayerNorm | AddRmsNorm | ModulatedLayerNorm | GatedRmsNorm)
+    }
+
+    /// Shape of weight and bias for an input of this shape; a modulation has them for each sample.
+    pub fn params(self, shape: &[usize]) -> Vec<usize> {
         match self {
-            Norm::LayerNorm | Norm::RmsNorm => shape[shape.len() - 1],
-            _ => shape[1],
+            Norm::ModulatedLayerNorm => vec![shape[0], 1, shape[2]],
+            _ if self.over_rows() => vec![shape[shape.len() - 1]],
+            _ => vec![shape[1]],
         }
     }
 
@@ -36,16 +57,43 @@ impl Norm {
     pub fn set_len(self, shape: &[usize]) -> usize {
         let elements: usize = shape.iter().product();
         match self {
-            Norm::BatchNorm => elements / shape[1],
+            Norm::BatchNorm | Norm::BatchNormSkipRelu => elements / shape[1],
             Norm::BatchNormEval => 1,
-            Norm::GroupNorm { groups } => elements / shape[0] / groups,
+            Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } => elements / shape[0] / groups,
             Norm::InstanceNorm => elements / shape[0] / shape[1],
-            Norm::LayerNorm | Norm::RmsNorm => shape[shape.len() - 1],
+            Norm::LayerNorm2d => shape[1],
+            _ => shape[shape.len() - 1],
         }
     }
 
     pub fn has_bias(self) -> bool {
-        self != Norm::RmsNorm
+        !matches!(self, Norm::RmsNorm | Norm::AddRmsNorm | Norm::GatedRmsNorm)
+    }
+
+    /// Whether a tensor of x's shape stands beside it: residual, skip or gate.
+    pub fn has_other(self) -> bool {
+        self.outputs() == 2 || matches!(self, Norm::BatchNormSkipRelu | Norm::GatedRmsNorm)
+    }
+
+    /// The sum is an output of its own.
+    pub fn outputs(self) -> usize {
+        if matches!(self, Norm::AddLayerNorm | Norm::AddRmsNorm) {
+            2
+        } else {
+            1
+        }
+    }
+
+    /// Tensors of x's size that must be read or written, by the forward and by the backward.
+    pub fn tensors(self) -> [usize; 2] {
+        match self {
+            // x, residual; y, sum. The sum, two gradients; one for both arguments.
+            Norm::AddLayerNorm | Norm::AddRmsNorm => [4, 4],
+            // x, the other; y. Both, dy; a gradient for each.
+            Norm::BatchNormSkipRelu | Norm::GatedRmsNorm => [3, 5],
+            // x; y. x, dy; dx.
+            _ => [2, 3],
+        }
     }
 }
 
@@ -58,6 +106,13 @@ impl fmt::Display for Norm {
             Norm::InstanceNorm => "InstanceNorm",
             Norm::LayerNorm => "LayerNorm",
             Norm::RmsNorm => "RMSNorm",
+            Norm::AddLayerNorm => "add+LayerNorm",
+            Norm::AddRmsNorm => "add+RMSNorm",
+            Norm::GroupNormSilu { .. } => "GroupNorm+SiLU",
+            Norm::BatchNormSkipRelu => "BatchNorm+skip+ReLU",
+            Norm::ModulatedLayerNorm => "LayerNorm+modulation",
+            Norm::LayerNorm2d => "LayerNorm2d",
+            Norm::GatedRmsNorm => "gated RMSNorm",
         })
     }
 }
@@ -75,6 +130,7 @@ const fn case(norm: Norm, shape: &'static [usize], model: &'static str) -> Case 
 }
 
 const GROUPS: Norm = Norm::GroupNorm { groups: 32 };
+const GROUPS_SILU: Norm = Norm::GroupNormSilu { groups: 32 };
 
 /// The small rows, of 512 elements, take microseconds: there allocation and dispatch rule.
 pub const CASES: &[Case] = &[
@@ -102,6 +158,16 @@ pub const CASES: &[Case] = &[
     case(Norm::RmsNorm, &[512, 2048], "Llama 3.2 1B, 512 tokens"),
     case(Norm::RmsNorm, &[1, 4096], "Llama 7B, one token"),
     case(Norm::RmsNorm, &[4, 128], "small"),
+    case(Norm::AddLayerNorm, &[4096, 4096], "width of a 7B model, 4096 tokens"),
+    case(Norm::AddLayerNorm, &[512, 4096], "width of a 7B model, 512 tokens"),
+    case(Norm::AddRmsNorm, &[4096, 4096], "Llama 7B, 4096 tokens"),
+    case(Norm::AddRmsNorm, &[512, 4096], "Llama 7B, 512 tokens"),
+    case(GROUPS_SILU, &[2, 320, 64, 64], "Stable Diffusion UNet"),
+    case(GROUPS_SILU, &[2, 512, 64, 64], "Stable Diffusion VAE"),
+    case(Norm::BatchNormSkipRelu, &[32, 256, 28, 28], "ResNet-50, stage 3"),
+    case(Norm::ModulatedLayerNorm, &[2, 1024, 1152], "DiT-XL, 1024 tokens"),
+    case(Norm::LayerNorm2d, &[2, 256, 64, 64], "SAM, neck"),
+    case(Norm::GatedRmsNorm, &[512, 4096], "Mamba 2"),
 ];
 
 /// A case in one dtype of x. Parameters have x's dtype, but batch norm's, which are f32 as its
@@ -120,7 +186,7 @@ impl Row {
 
     pub fn param_dtype(&self) -> DType {
         match self.case.norm {
-            Norm::BatchNorm | Norm::BatchNormEval => DType::F32,
+            Norm::BatchNorm | Norm::BatchNormEval | Norm::BatchNormSkipRelu => DType::F32,
             _ => self.dtype,
         }
     }
@@ -129,9 +195,14 @@ impl Row {
         self.case.shape.iter().product()
     }
 
-    /// Bytes of the three f32 values that candle-norm keeps of each set for the backward.
-    pub fn statistics(&self) -> usize {
-        3 * 4 * self.elements() / self.case.norm.set_len(self.case.shape)
+    pub fn params(&self) -> Vec<usize> {
+        self.case.norm.params(self.case.shape)
+    }
+
+    /// Bytes that candle-norm may hold after the forward: its outputs, and three f32 values of each set.
+    pub fn kept(&self) -> usize {
+        let sets = self.elements() / self.case.norm.set_len(self.case.shape);
+        self.case.norm.outputs() * self.bytes() + 3 * 4 * sets
     }
 
     /// Bytes of x.
@@ -145,16 +216,20 @@ impl Row {
     }
 
     /// Bound of the relative L2 error of any output or gradient against f32 arithmetic on the same
-    /// inputs, when each was rounded to its dtype `roundings` times.
+    /// inputs.
     ///
-    /// A rounding moves an element by half an ulp, `epsilon / 2`. An f32 sum of n terms drifts like
-    /// a random walk of n roundings, by `sqrt(n)` of them; n is the longer of the two sums behind a
-    /// gradient, over a set and over everything that shares a weight.
-    pub fn tolerance(&self, roundings: f64) -> f64 {
+    /// A rounding moves an element by half an ulp, `epsilon / 2`. There is one; where the sum is an output,
+    /// it is rounded before it is normalized, and its two gradients are added. An f32 sum of n terms drifts
+    /// like a random walk of n roundings, by `sqrt(n)` of them; n is the longer of the two sums behind a
+    /// gradient, over a set and over everything that shares a weight. At ReLU's corner a gradient is all or
+    /// nothing: of normal values, a part of 2^-20 lies so close to it that either is right.
+    pub fn tolerance(&self) -> f64 {
         let epsilon = if self.dtype == DType::BF16 { 2f64.powi(-7) } else { 2f64.powi(-23) };
-        let shared = self.elements() / self.case.norm.params(self.case.shape);
+        let roundings = if self.case.norm.outputs() == 2 { 3.0 } else { 1.0 };
+        let shared = self.elements() / self.params().iter().product::<usize>();
         let n = shared.max(self.case.norm.set_len(self.case.shape)) as f64;
-        roundings * epsilon / 2.0 + n.sqrt() * 2f64.powi(-24) * 4.0
+        let corner = if self.case.norm == Norm::BatchNormSkipRelu { 2f64.powi(-10) } else { 0.0 };
+        roundings * epsilon / 2.0 + n.sqrt() * 2f64.powi(-24) * 4.0 + corner
     }
 }
 

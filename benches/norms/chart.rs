@@ -8,7 +8,7 @@ use crate::table::{mode_name, Line};
 use candle_core::DType;
 use std::fmt::Write;
 
-const LEFT: f64 = 250.0;
+const LEFT: f64 = 270.0;
 const WIDTH: f64 = 640.0;
 const TOP: f64 = 96.0;
 const STEP: f64 = 32.0;

@@ -21,13 +21,13 @@ pub fn both(row: &Row, inputs: &Inputs, mode: Mode, ours: &Layer, theirs: &Layer
     let wide_row = Row { dtype: DType::F32, ..*row };
     let expected = contenders::outputs(&contenders::candle_nn(&wide_row, &wide, mode)?, &wide, mode)?;
     let ours = worst(&contenders::outputs(ours, inputs, mode)?, &expected)?;
-    ensure!(ours.1 <= row.tolerance(1.0), "candle-norm's {} is off by {:e}", ours.0, ours.1);
+    ensure!(ours.1 <= row.tolerance(), "candle-norm's {} is off by {:e}", ours.0, ours.1);
     let Ok(theirs) = contenders::outputs(theirs, inputs, mode) else {
         return Ok(Errors { ours: ours.1, theirs: None });
     };
     let theirs = worst(&theirs, &expected)?;
     if row.dtype == DType::F32 {
-        ensure!(theirs.1 <= row.tolerance(1.0), "candle-nn's {} is off by {:e}", theirs.0, theirs.1);
+        ensure!(theirs.1 <= row.tolerance(), "candle-nn's {} is off by {:e}", theirs.0, theirs.1);
     }
     Ok(Errors { ours: ours.1, theirs: Some(theirs.1) })
 }
@@ -41,6 +41,7 @@ fn widened(inputs: &Inputs) -> candle_core::Result<Inputs> {
         x: widen(&inputs.x)?,
         weight: widen(&inputs.weight)?,
         bias: inputs.bias.as_ref().map(|b| widen(b)).transpose()?,
+        other: inputs.other.as_ref().map(|o| widen(o)).transpose()?,
         dy: inputs.dy.to_dtype(DType::F32)?,
         running_mean: widen(&inputs.running_mean)?,
         running_var: widen(&inputs.running_var)?,

@@ -24,13 +24,14 @@ impl Line {
         self.rounds.ratio("candle-nn", "candle-norm")
     }
 
-    /// Bytes that the op cannot avoid moving, in bytes that the copy moves: x read and y written, and with
-    /// the backward also x and dy read and dx written.
+    /// Bytes that the op cannot avoid moving, in bytes that the copy moves: it reads x and writes as much.
     fn moved(&self) -> f64 {
-        match self.mode {
-            Mode::Forward => 1.0,
-            Mode::ForwardBackward => 2.5,
-        }
+        let [forward, backward] = self.row.case.norm.tensors();
+        let tensors = match self.mode {
+            Mode::Forward => forward,
+            Mode::ForwardBackward => forward + backward,
+        };
+        tensors as f64 / 2.0
     }
 
     /// Bandwidth as a share of the copy's.
@@ -57,7 +58,7 @@ impl Line {
 pub fn head() -> String {
     format!(
         "times: median of the rounds; times as fast as candle-nn: median (least-most) of the rounds' ratios\n\n\
-         {:<14} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6} {:>10}\n",
+         {:<20} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6} {:>10}\n",
         "norm", "shape", "dtype", "mode", "candle-norm", "candle-nn", "times as fast", "GB/s", "of a copy's"
     )
 }
@@ -66,7 +67,7 @@ pub fn render(line: &Line) -> String {
     let ratio =
         line.ratio().map_or("n/a".into(), |r| format!("{:.1} ({:.1}-{:.1})", r.median, r.low, r.high));
     format!(
-        "{:<14} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6.1} {:>9.0}% {}\n",
+        "{:<20} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6.1} {:>9.0}% {}\n",
         line.row.case.norm.to_string(),
         line.row.shape(),
         line.row.dtype.as_str(),
@@ -123,7 +124,7 @@ fn memory(lines: &[Line]) -> String {
             memory.map_or("n/a".into(), |m| format!("{:.2} and {:.2}", sizes(m.kept), sizes(m.peak)))
         };
         let [ours, theirs] = line.memory.map(of);
-        let _ = writeln!(out, "{:<36} candle-norm {ours:<14} candle-nn {theirs}", line.row.to_string());
+        let _ = writeln!(out, "{:<40} candle-norm {ours:<14} candle-nn {theirs}", line.row.to_string());
     }
     if largest.is_empty() {
         out.clear();

@@ -3,14 +3,21 @@
 import math
 from html import escape
 
-LEFT, WIDTH, BETWEEN, TOP, STEP, GAP = 210, 370, 24, 142, 30, 8
-#: From the top of a line to its bottom, so that no mark hides another: column, colour, name.
-FIGURES = {
-    "forward": ("torch", "#1f77b4", "forward"),
-    "op": ("torch", "#d9480f", "the norm's own forward and backward"),
-    "step": ("torch", "#2b8a3e", "whole loss.backward() step, candle as published"),
-    "patched": ("patched torch", "#9c36b5", "whole loss.backward() step, candle patched"),
-}
+LEFT, WIDTH, BETWEEN, TOP, STEP, GAP = 240, 370, 24, 142, 30, 8
+#: From the top of a line to its bottom, so that no mark hides another: figure, column, colour, name.
+FIGURES = (
+    ("forward", "torch", "#1f77b4", "forward"),
+    ("op", "torch", "#d9480f", "the norm's own forward and backward"),
+    ("step", "torch", "#2b8a3e", "whole loss.backward() step, candle as published"),
+    ("step", "patched torch", "#9c36b5", "whole loss.backward() step, candle patched"),
+)
+#: Of a norm with what stands around it.
+FUSED = (
+    ("forward", "torch", "#1f77b4", "forward, beside eager PyTorch"),
+    ("forward", "compiled", "#d9480f", "forward, beside torch.compile"),
+    ("step", "patched torch", "#2b8a3e", "whole step, candle patched, beside eager PyTorch"),
+    ("step", "patched compiled", "#9c36b5", "whole step, candle patched, beside torch.compile"),
+)
 MALLOCS = {
     "default": "malloc: glibc's as it comes; freed tensors of 32 MiB and more go back to the system, and the next is mapped anew",
     "neutral": "malloc: glibc's, told to keep what is freed (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised), for both sides",
@@ -20,15 +27,13 @@ MALLOCS = {
 DTYPES = ("f32", "bf16")
 
 
-def ranges(lines):
-    """What is drawn: (line, figure, least, median, most)."""
+def ranges(lines, marks):
+    """What is drawn: (line, number of the mark, least, median, most)."""
     for line in lines:
-        figures = [line["figure"]] + (["patched"] if line["figure"] == "step" else [])
-        for figure in figures:
-            column = FIGURES[figure][0]
+        for number, (figure, column, _, _) in enumerate(marks):
             values = [line.get(f"{column} {what}") for what in ("min", "ratio", "max")]
-            if all(values):
-                yield line, figure, *map(float, values)
+            if figure == line["figure"] and all(values):
+                yield line, number, *map(float, values)
 
 
 class Scale:
@@ -43,8 +48,8 @@ class Scale:
         return left + (math.log10(ratio) - self.low) / (self.high - self.low) * WIDTH
 
 
-def dot(x, y, figure):
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{FIGURES[figure][1]}"/>\n'
+def dot(x, y, color):
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.8" fill="{color}"/>\n'
 
 
 def text(x, y, words, more=""):
@@ -79,7 +84,7 @@ def axes(scale, bottom):
     return out
 
 
-def head(threads, malloc):
+def head(threads, malloc, marks):
     out = text(
         20,
         28,
@@ -88,14 +93,14 @@ def head(threads, malloc):
     )
     words = f"{threads} thread{'s' if threads > 1 else ''}; right of 1x: candle-norm is faster. A mark is the median of the rounds, its line their range."
     out += text(20, 50, words) + text(20, 68, MALLOCS[malloc])
-    for number, figure in enumerate(FIGURES):
+    for number, (_, _, color, name) in enumerate(marks):
         x, y = 30 + number % 2 * 330, 86 + number // 2 * 18
-        out += dot(x, y, figure) + text(x + 9, y + 4, FIGURES[figure][2])
+        out += dot(x, y, color) + text(x + 9, y + 4, name)
     return out
 
 
-def svg(lines, threads, malloc):
-    drawn, heights = list(ranges(lines)), places(lines)
+def svg(lines, threads, malloc, marks):
+    drawn, heights = list(ranges(lines, marks)), places(lines)
     scale, bottom = Scale(drawn), max(heights.values(), default=TOP) + STEP / 2 + 4
     width = LEFT + 2 * WIDTH + BETWEEN + 30
     body = ""
@@ -105,15 +110,15 @@ def svg(lines, threads, malloc):
             body += f'<line x1="{ends[0]:.1f}" x2="{ends[1]:.1f}" y1="{y}" y2="{y}" stroke="#f2f2f2" stroke-width="26"/>\n'
         body += text(LEFT - 10, y + 4, f"{norm} {shape}", 'text-anchor="end"')
     body += axes(scale, bottom)
-    for line, figure, least, ratio, most in drawn:
-        y = heights[(line["norm"], line["shape"])] + 6.4 * (list(FIGURES).index(figure) - 1.5)
+    for line, number, least, ratio, most in drawn:
+        y, color = heights[(line["norm"], line["shape"])] + 6.4 * (number - 1.5), marks[number][2]
         place = lambda ratio: scale.x(line["dtype"], ratio)
         body += (
             f'<line x1="{place(least):.1f}" x2="{place(most):.1f}" y1="{y:.1f}" y2="{y:.1f}"'
-            f' stroke="{FIGURES[figure][1]}" stroke-opacity="0.45" stroke-width="2"/>\n'
-        ) + dot(place(ratio), y, figure)
+            f' stroke="{color}" stroke-opacity="0.45" stroke-width="2"/>\n'
+        ) + dot(place(ratio), y, color)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{bottom + 48}"'
         f' viewBox="0 0 {width} {bottom + 48}" font-family="sans-serif" font-size="12" fill="#222">\n'
         '<rect width="100%" height="100%" fill="#fff"/>\n'
-    ) + head(threads, malloc) + body + "</svg>\n"
+    ) + head(threads, malloc, marks) + body + "</svg>\n"

@@ -49,9 +49,9 @@ MALLOCS = ("default", "neutral", "mimalloc", "jemalloc")
 FIGURES = ("forward", "op", "step")
 #: Who is timed for a figure; the first is the one whose ratios to the others are reported.
 CONTENDERS = {
-    "forward": ("candle-norm", "torch", "onnxruntime", "candle-nn", "copy"),
+    "forward": ("candle-norm", "torch", "compiled", "onnxruntime", "candle-nn", "copy"),
     "op": ("candle-norm", "torch", "copy"),
-    "step": ("candle-norm", "torch", "patched", "candle-nn", "loss", "copy"),
+    "step": ("candle-norm", "torch", "compiled", "patched", "candle-nn", "loss", "copy"),
 }
 #: The least that is timed at once, in nanoseconds.
 BATCH = 50_000
@@ -97,6 +97,8 @@ def build_worker(cargo):
 
 def environment(threads, malloc):
     chosen = {**os.environ, "RAYON_NUM_THREADS": str(threads), "OMP_NUM_THREADS": str(threads)}
+    # What compiles for torch.compile is the process that is stopped with it, not others beside it.
+    chosen["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     for name in NEUTRAL:
         chosen.pop(name, None)
     if malloc == "mimalloc":
@@ -123,7 +125,7 @@ class Run:
         self.file = pathlib.Path(tempfile.mkdtemp()) / "row.safetensors"
 
     def side(self, contender):
-        sides = {"torch": self.torch, "onnxruntime": self.onnx, "patched": self.patched}
+        sides = {"torch": self.torch, "compiled": self.torch, "onnxruntime": self.onnx, "patched": self.patched}
         return sides.get(contender, self.candle)
 
     def time(self, contender, figure, calls, batches):
@@ -202,13 +204,13 @@ class Run:
             "threads": self.threads,
             "malloc": self.malloc,
         }
-        for name in ("candle-norm", "torch", "patched", "onnxruntime", "candle-nn", "loss", "copy"):
+        for name in ("candle-norm", "torch", "compiled", "patched", "onnxruntime", "candle-nn", "loss", "copy"):
             known = [t for t in times.get(name, []) if t is not None]
             line[f"{name} ns"] = statistics.median(known) if known else None
-        for name in ("torch", "onnxruntime", "candle-nn"):
+        for name in ("torch", "compiled", "onnxruntime", "candle-nn"):
             line |= spread(name, [t / o for t, o in zip(times.get(name, []), ours) if t is not None])
-        # One read of x and one write of y, or with the backward also x and dy read and dx written.
-        moved = 1.0 if figure == "forward" else 2.5
+        # Tensors that must be read or written; the copy reads one and writes one.
+        moved = (row["tensors"][0] if figure == "forward" else sum(row["tensors"])) / 2
         line |= spread("floor", [o / (moved * c) for o, c in zip(ours, times["copy"])])
         for who, (what, error) in self.errors.items():
             line |= {f"{who} error": error, f"{who} error in": what}
@@ -216,7 +218,9 @@ class Run:
             rest = [(t, o - l) for t, o, l in zip(times["torch"], ours, times["loss"]) if o > l]
             line |= spread("net torch", [t / o for t, o in rest])
         if "patched" in times:
-            line |= spread("patched torch", [t / p for t, p in zip(times["torch"], times["patched"])])
+            for name in ("torch", "compiled"):
+                over = zip(times.get(name, []), times["patched"])
+                line |= spread(f"patched {name}", [t / p for t, p in over])
         line["rounds agree"] = "yes" if agree(times["torch"], ours) else "no"
         return line
 
@@ -254,7 +258,8 @@ def memory(workers, rows):
     largest = {}
     for row in rows:
         key = (row["norm"], row["dtype"])
-        if row["norm"] != "BatchNorm eval" and row["bytes"] > largest.get(key, {"bytes": 0})["bytes"]:
+        trained = row["norm"] != "BatchNorm eval" and not row["fused"]
+        if trained and row["bytes"] > largest.get(key, {"bytes": 0})["bytes"]:
             largest[key] = row
     for row in largest.values():
         commands = {name: [worker, "memory", "candle-norm", row["id"]] for name, worker in workers.items()}
@@ -277,8 +282,8 @@ def memory(workers, rows):
 
 
 HEADER = (
-    f"{'norm':<14} {'shape':<13} {'dtype':<5} {'figure':<8} {'threads':>7} {'malloc':<8} {'candle-norm':>11} {'torch':>10}"
-    f"   {'torch / candle-norm':<20} {'net':>5} {'patched':>7} {'onnx':>5} {'candle-nn':>9} {'/ floor':>7}"
+    f"{'norm':<20} {'shape':<13} {'dtype':<5} {'figure':<8} {'threads':>7} {'malloc':<8} {'candle-norm':>11} {'torch':>10}"
+    f"   {'torch / candle-norm':<20} {'compiled':>8} {'net':>5} {'patched':>7} {'onnx':>5} {'candle-nn':>9} {'/ floor':>7}"
 )
 
 
@@ -291,9 +296,9 @@ def show(line):
 
     spread_of_torch = f"{number('torch ratio')} ({number('torch min')}-{number('torch max')})"
     print(
-        f"{line['norm']:<14} {line['shape']:<13} {line['dtype']:<5} {line['figure']:<8} {line['threads']:>7} {line['malloc']:<8}"
+        f"{line['norm']:<20} {line['shape']:<13} {line['dtype']:<5} {line['figure']:<8} {line['threads']:>7} {line['malloc']:<8}"
         f" {time_of(line['candle-norm ns']):>11} {time_of(line['torch ns']):>10}   {spread_of_torch:<20}"
-        f" {number('net torch ratio'):>5} {number('patched torch ratio'):>7} {number('onnxruntime ratio'):>5}"
+        f" {number('compiled ratio'):>8} {number('net torch ratio'):>5} {number('patched torch ratio'):>7} {number('onnxruntime ratio'):>5}"
         f" {number('candle-nn ratio'):>9} {number('floor ratio'):>7} {'' if line['rounds agree'] == 'yes' else '?'}",
         flush=True,
     )
@@ -392,10 +397,15 @@ def measure(workers, chosen):
     lines = merged(chosen.out / "pytorch.csv", lines, every_row)
     write_csv(chosen.out / "pytorch.csv", lines)
     print(summary(lines))
+    fused = {row["norm"] for row in every_row if row["fused"]}
     for setting in dict.fromkeys((int(line["threads"]), line["malloc"]) for line in lines):
         here = [line for line in lines if (int(line["threads"]), line["malloc"]) == setting]
         threads, malloc = setting
-        (chosen.out / f"pytorch-{threads}-threads-{malloc}.svg").write_text(chart.svg(here, threads, malloc))
+        for name, marks in (("pytorch", chart.FIGURES), ("pytorch-fused", chart.FUSED)):
+            those = [line for line in here if (line["norm"] in fused) == (marks is chart.FUSED)]
+            if those:
+                path = chosen.out / f"{name}-{threads}-threads-{malloc}.svg"
+                path.write_text(chart.svg(those, threads, malloc, marks))
 
 
 if __name__ == "__main__":

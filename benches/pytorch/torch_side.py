@@ -17,6 +17,33 @@ aten = torch.ops.aten
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
 
 
+def fused(norm, x, weight, bias, other, running, row):
+    """What stands around a norm, as a model writes it."""
+    eps, last = row["eps"], x.shape[-1:]
+    if norm == "add+LayerNorm":
+        s = x + other
+        return F.layer_norm(s, last, weight, bias, eps), s
+    if norm == "add+RMSNorm":
+        s = x + other
+        return F.rms_norm(s, last, weight, eps), s
+    if norm == "GroupNorm+SiLU":
+        return F.silu(F.group_norm(x, row["groups"], weight, bias, eps))
+    if norm == "BatchNorm+skip+ReLU":
+        return F.relu(F.batch_norm(x, *running, weight, bias, True, row["momentum"], eps) + other)
+    if norm == "LayerNorm+modulation":
+        return F.layer_norm(x, last, eps=eps) * (1 + weight) + bias
+    if norm == "LayerNorm2d":
+        # As Segment Anything has it.
+        u = x.mean(1, keepdim=True)
+        x = (x - u) / torch.sqrt((x - u).pow(2).mean(1, keepdim=True) + eps)
+        return weight[:, None, None] * x + bias[:, None, None]
+    return F.rms_norm(x * F.silu(other), last, weight, eps)
+
+
+#: torch.compile of the above; what it made for a row before is of no use to the next.
+compiled = torch.compile(fused, dynamic=False)
+
+
 class Open:
     """A row that is being measured."""
 
@@ -27,16 +54,20 @@ class Open:
             self.t[name].requires_grad_()
 
     def tracked(self):
-        return [name for name in ("x", "weight", "bias") if name in self.t]
+        return [name for name in ("x", "weight", "bias", "other") if name in self.t]
 
     def arguments(self, tracked):
-        """x, weight, bias."""
+        """x, weight, bias, and residual, skip or gate."""
         pick = lambda name: self.t[name] if tracked else self.t[name].detach()
-        return pick("x"), pick("weight"), pick("bias") if "bias" in self.t else None
+        return [pick(name) if name in self.t else None for name in ("x", "weight", "bias", "other")]
 
-    def forward(self, x, weight, bias):
+    def forward(self, x, weight, bias, other=None):
+        """y, or y and the sum."""
         row, t = self.row, self.t
         norm, eps = row["norm"], row["eps"]
+        if row["fused"]:
+            running = (t["running_mean"], t["running_var"])
+            return fused(norm, x, weight, bias, other, running, row)
         if norm.startswith("BatchNorm"):
             training = norm == "BatchNorm"
             return F.batch_norm(
@@ -58,7 +89,7 @@ class Open:
         """
         row, t, dy = self.row, self.t, self.t["dy"]
         norm, eps = row["norm"], row["eps"]
-        x, weight, bias = self.arguments(tracked=False)
+        x, weight, bias, _ = self.arguments(tracked=False)
         every = [True, True, True]
         if norm == "LayerNorm":
 
@@ -96,7 +127,7 @@ class Open:
 
         return call
 
-    def step(self):
+    def step(self, forward):
         """A training step behind a loss whose gradient is dy, so that the loss costs nothing."""
         arguments = self.arguments(tracked=True)
         wanted = [a for a in arguments if a is not None]
@@ -105,9 +136,15 @@ class Open:
         def call():
             for a in wanted:
                 a.grad = None
-            self.forward(*arguments).backward(dy)
+            outputs = forward(*arguments)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            torch.autograd.backward(outputs, [dy] * len(outputs))
 
         return call
+
+    def compiled(self, x, weight, bias, other):
+        running = (self.t["running_mean"], self.t["running_var"])
+        return compiled(self.row["norm"], x, weight, bias, other, running, self.row)
 
     def outputs(self, dtype):
         """y, and in training the gradients by name, computed in `dtype`."""
@@ -118,10 +155,12 @@ class Open:
             self.t[name] = self.t[name].to(dtype or self.t[name].dtype).requires_grad_(training)
         arguments = self.arguments(tracked=training)
         y = self.forward(*arguments)
-        outputs = {"y": y.detach()}
+        every = y if isinstance(y, tuple) else (y,)
+        outputs = {name: t.detach() for name, t in zip(("y", "sum"), every)}
         if training:
             wanted = [a for a in arguments if a is not None]
-            outputs |= zip(self.tracked(), torch.autograd.grad(y, wanted, self.t["dy"].to(y.dtype)))
+            dy = [self.t["dy"].to(t.dtype) for t in every]
+            outputs |= zip(self.tracked(), torch.autograd.grad(every, wanted, dy))
         self.t = kept
         return outputs
 
@@ -140,14 +179,19 @@ class Open:
             errors[who] = worst
         return {"errors": errors}
 
-    def time(self, figure, calls, batches):
+    def time(self, contender, figure, calls, batches):
+        if contender == "compiled" and not self.row["fused"]:
+            raise NotImplementedError("one norm is one kernel in torch already")
+        forward = self.compiled if contender == "compiled" else self.forward
         if figure == "forward":
             arguments = self.arguments(tracked=False)
-            call = lambda: self.forward(*arguments)
+            call = lambda: forward(*arguments)
         else:
             if self.row["norm"] == "BatchNorm eval":
                 raise NotImplementedError("evaluation is not trained through here")
-            call = self.op() if figure == "op" else self.step()
+            if self.row["fused"] and figure == "op":
+                raise NotImplementedError("the backward of a composition is not called by itself")
+            call = self.op() if figure == "op" else self.step(forward)
         with torch.set_grad_enabled(figure != "forward"):
             call()
             return fastest(call, calls, batches)
@@ -167,7 +211,7 @@ def memory(row):
     tensors |= {name: torch.randn(n).to(param_dtype) for name in names}
     tensors |= {"running_mean": torch.zeros(n), "running_var": torch.ones(n)}
     opened = Open(row, tensors)
-    x, weight, bias = opened.arguments(tracked=True)
+    x, weight, bias, _ = opened.arguments(tracked=True)
     # Thread pools and the like exist before the measured step.
     opened.forward(torch.randn([1, *shape[1:]]).to(dtype), weight.detach(), None if bias is None else bias.detach())
     with open("/proc/self/clear_refs", "w") as reset:
@@ -191,12 +235,13 @@ def main():
         words = line.rstrip("\n").split("\t")
         if words[0] == "open":
             opened = None
+            torch._dynamo.reset()
             opened = Open(json.loads(words[1]), load_file(words[2]))
             answer = opened.compare()
         else:
-            _, _, figure, calls, batches = words
+            _, contender, figure, calls, batches = words
             try:
-                answer = {"ns": opened.time(figure, int(calls), int(batches))}
+                answer = {"ns": opened.time(contender, figure, int(calls), int(batches))}
             except NotImplementedError as error:
                 answer = {"cannot": str(error)}
         print(json.dumps(answer), flush=True)

@@ -11,7 +11,7 @@ mod cases;
 use anyhow::{bail, Context, Result};
 use candle_core::Tensor;
 use candle_norm::__bench::{Kind, RecordedOp};
-use cases::contenders::{self, Layer, Mode};
+use cases::contenders::{self, Layer, Mode, Outputs};
 use cases::copy::Copy;
 use cases::inputs::Inputs;
 use cases::rounds::fastest;
@@ -66,7 +66,7 @@ fn row(id: &str) -> Result<Row> {
 
 fn describe(row: &Row) -> Value {
     let groups = match row.case.norm {
-        Norm::GroupNorm { groups } => Some(groups),
+        Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } => Some(groups),
         _ => None,
     };
     json!({
@@ -76,13 +76,15 @@ fn describe(row: &Row) -> Value {
         "shape": row.case.shape,
         "model": row.case.model,
         "dtype": row.dtype.as_str(),
-        "params": row.case.norm.params(row.case.shape),
+        "params": row.params(),
+        "fused": row.case.norm.is_fused(),
+        "tensors": row.case.norm.tensors(),
         "param_dtype": row.param_dtype().as_str(),
         "bytes": row.bytes(),
         "eps": contenders::EPS,
         "momentum": contenders::MOMENTUM,
         // candle-norm rounds once.
-        "tolerance": row.tolerance(1.0),
+        "tolerance": row.tolerance(),
     })
 }
 
@@ -170,7 +172,7 @@ impl Open {
             }
             // The loss without the norm: what candle does to hand dy to y.
             ("loss", "step") => time(calls, || {
-                black_box(contenders::backward(&x, dy)?);
+                black_box(contenders::backward(&Outputs::one(x.clone()), dy)?);
                 Ok(())
             }),
             ("copy", _) => time(calls, || {
@@ -187,10 +189,11 @@ fn alone(row: &Row, inputs: &Inputs) -> Result<RecordedOp> {
     let kind = match row.case.norm {
         Norm::BatchNorm => Kind::Batch,
         Norm::BatchNormEval => bail!("evaluation is not trained through here"),
+        norm if norm.is_fused() => bail!("the backward of {norm} is not called by itself"),
         Norm::GroupNorm { groups } => Kind::Groups(groups),
         Norm::InstanceNorm => Kind::Groups(row.case.shape[1]),
         Norm::LayerNorm => Kind::Layer { center: true },
-        Norm::RmsNorm => Kind::Layer { center: false },
+        _ => Kind::Layer { center: false },
     };
     let bias = inputs.bias.as_ref().map(|b| b.as_tensor());
     Ok(RecordedOp::new(kind, &inputs.x, Some(&inputs.weight), bias, contenders::EPS)?)
