@@ -79,8 +79,9 @@ fn main() -> Result<()> {
             Bench::new(*row, *mode).and_then(|bench| bench.try_once()).with_context(|| name(row, *mode))?;
         }
         println!(
-            "{} rows run, agree with f32 arithmetic, and keep x and the statistics, no more",
-            asked.len()
+            "{} rows run, agree with f32 arithmetic, and keep x and the statistics, no more{}",
+            asked.len(),
+            if args.quick { "; those of 3 million elements and more are left out (--quick)" } else { "" }
         );
         return Ok(());
     }
