@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # The distributed tests over MPI, with as many ranks as each argument says: ci/mpi.sh 2 4
+# CANDLE_NORM_FAULTS says how many random schedules with a fault follow, a job of 3 ranks each (4 if unset).
 # Needs Open MPI or MPICH with its headers, and libclang (Debian: libopenmpi-dev openmpi-bin libclang-dev).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,3 +22,11 @@ done
 absent=$(mpirun -n 2 "$test" absent 2>&1 || true)
 grep -q 'rank 0: the absent rank was noticed' <<<"$absent" || { echo "$absent"; exit 1; }
 echo "mpi: an absent rank is noticed"
+
+# Neither can these.
+faults=${CANDLE_NORM_FAULTS:-4}
+for ((seed = 0; seed < faults; seed++)); do
+    said=$(mpirun -n 3 "$test" fault "$seed" 2>&1 || true)
+    [ "$(grep -c 'as promised' <<<"$said")" = 3 ] || { echo "seed $seed: $said"; exit 1; }
+done
+echo "mpi: $faults random faults, none lost"

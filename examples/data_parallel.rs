@@ -5,7 +5,8 @@
 //! cargo run --release --example data_parallel -- --ranks 4                 # threads of this process
 //! cargo build --release --features mpi --example data_parallel             # processes, over MPI
 //! mpirun -n 4 target/release/examples/data_parallel
-//! torchrun --no-python --nproc-per-node 4 target/release/examples/data_parallel   # processes, over TCP
+//! export CANDLE_NORM_TOKEN=$(openssl rand -hex 32)                         # processes, over TCP
+//! torchrun --no-python --nproc-per-node 4 target/release/examples/data_parallel
 //! ```
 //!
 //! The recipe for a model of your own is in `Rank::new` and `Rank::step`: convert the batch norms, start

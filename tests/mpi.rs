@@ -9,6 +9,9 @@ mod cases;
 #[allow(dead_code)] // the suite's; only the recorded files are read here
 #[path = "suite/common.rs"]
 mod common;
+#[allow(dead_code)] // the faults of threads and sockets
+#[path = "suite/distributed/schedule.rs"]
+mod schedule;
 #[path = "suite/distributed/support.rs"]
 mod support;
 #[path = "suite/distributed/training.rs"]
@@ -70,7 +73,32 @@ fn a_rank_that_never_comes() -> Result<()> {
     Ok(())
 }
 
+/// A random schedule with a fault, run as a job of its own with the arguments `fault SEED`: a rank that comes
+/// too late, or makes another call.
+fn a_random_fault(seed: u64) {
+    use schedule::{Fault, Schedule};
+    let timeout = Duration::from_millis(1500);
+    let group = MpiGroup::world_with_timeout(timeout).unwrap();
+    let fault = if seed.is_multiple_of(2) { Fault::Late } else { Fault::Other };
+    let (rank, ranks) = (group.rank(), group.world_size());
+    let schedule = Schedule::new(seed, ranks, fault, timeout);
+    // Kept until all are done: MPI cannot end in order once ranks have lost each other.
+    let group: Group = Arc::new(group);
+    let log = schedule.run(group.clone());
+    match schedule.check(&log) {
+        Ok(()) => println!("rank {rank}: as promised"),
+        Err(why) => println!("rank {rank}: BROKEN PROMISE: {why}"),
+    }
+    std::thread::sleep(timeout * 4);
+    std::process::exit(0)
+}
+
 fn main() {
+    let args: Vec<String> = std::env::args().collect();
+    if let [_, mode, seed] = args.as_slice() {
+        assert_eq!(mode, "fault");
+        return a_random_fault(seed.parse().unwrap());
+    }
     if std::env::args().any(|arg| arg == "absent") {
         return a_rank_that_never_comes().unwrap();
     }

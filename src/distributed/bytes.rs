@@ -8,7 +8,9 @@ use candle_core::{bail, CpuStorage, DType, Device, Result, Storage, Tensor};
 /// The elements of a contiguous tensor in host memory, in this machine's byte order.
 pub(super) fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let (storage, layout) = tensor.storage_and_layout();
-    let elements = layout.start_offset()..layout.start_offset() + tensor.elem_count();
+    // Of none, nothing: such a view may start beyond the end of its storage.
+    let start = if tensor.elem_count() == 0 { 0 } else { layout.start_offset() };
+    let elements = start..start + tensor.elem_count();
     let Storage::Cpu(storage) = &*storage else {
         bail!("process-group: a message is on {:?}, expected host memory", tensor.device().location())
     };

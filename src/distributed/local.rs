@@ -3,18 +3,22 @@
 //! It needs no feature and no launcher: tests, examples, and several GPUs driven from one process. The
 //! ranks meet under one lock; the last to arrive computes the result, in rank order, for all of them.
 
-use super::{check_root, describe, disagreement, error, lock, Kind, ProcessGroup};
+use super::split::{colors, Part};
+use super::{check_root, describe, disagreement, error, lock, Deadline, Kind, ProcessGroup};
 use candle_core::{Device, Result, Tensor};
+use std::collections::HashMap;
 use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
-use std::sync::{Arc, Condvar, Mutex};
-use std::time::{Duration, Instant};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Weak};
+use std::time::Duration;
 
 /// One rank of a group of threads.
 ///
 /// A rank that drops its handle, by returning or by panicking, fails every call that its peers wait in
 /// or make later. A peer that neither calls nor leaves fails them after the group's timeout. Once a
 /// group failed in one of these ways all its calls return the error; a group whose ranks merely made
-/// different calls goes on.
+/// different calls goes on. A rank makes one call at a time: a second one, from another thread, while the
+/// first waits ends the group.
 ///
 /// Tensors on a GPU go through host memory, which waits for the device.
 ///
@@ -33,10 +37,19 @@ use std::time::{Duration, Instant};
 pub struct LocalGroup {
     rank: usize,
     shared: Arc<Shared>,
+    /// Splits made so far: the same number on every rank, as all make them together.
+    splits: AtomicUsize,
+    /// The parts that this rank is in: it leaves them when it leaves the group.
+    parts: Mutex<Vec<Weak<LocalGroup>>>,
 }
+
+/// A part, and how many of its members have yet to fetch it.
+type Forming = (Arc<Shared>, usize);
 
 #[derive(Debug)]
 struct Shared {
+    /// Parts that not all of their members have fetched: by split and first member, with those to come.
+    parts: Mutex<HashMap<(usize, usize), Forming>>,
     timeout: Duration,
     meeting: Mutex<Meeting>,
     changed: Condvar,
@@ -85,15 +98,12 @@ impl LocalGroup {
         if ranks == 0 {
             return Err(error("local-group: got 0 ranks, expected at least 1"));
         }
-        let meeting = Meeting {
-            brought: (0..ranks).map(|_| None).collect(),
-            round: 0,
-            result: None,
-            left: vec![false; ranks],
-            broken: None,
-        };
-        let shared = Arc::new(Shared { timeout, meeting: Mutex::new(meeting), changed: Condvar::new() });
-        Ok((0..ranks).map(|rank| Self { rank, shared: shared.clone() }).collect())
+        let shared = Arc::new(Shared::new(ranks, timeout));
+        Ok((0..ranks).map(|rank| Self::of(rank, shared.clone())).collect())
+    }
+
+    fn of(rank: usize, shared: Arc<Shared>) -> Self {
+        Self { rank, shared, splits: AtomicUsize::new(0), parts: Mutex::new(vec![]) }
     }
 
     /// Runs `f` as `ranks` threads and returns what each returned, in rank order.
@@ -152,10 +162,13 @@ impl LocalGroup {
         }
     }
 
-    /// Gives up this rank's place: calls that peers wait in or make later fail.
+    /// Gives up this rank's place, here and in parts of the group: calls that peers wait in or make later
+    /// fail.
     fn leave(&self) {
         lock(&self.shared.meeting).left[self.rank] = true;
         self.shared.changed.notify_all();
+        let parts = std::mem::take(&mut *lock(&self.parts));
+        parts.iter().filter_map(Weak::upgrade).for_each(|part| part.leave());
     }
 
     fn exchange(&self, kind: Kind, what: &str, tensor: &Tensor) -> Result<Tensor> {
@@ -170,6 +183,15 @@ impl LocalGroup {
         if let Some(broken) = &meeting.broken {
             return Err(broken.clone());
         }
+        if let Some(waiting) = &meeting.brought[self.rank] {
+            let reason = format!(
+                "local-group: rank {} joined {} twice, the second time for {call}",
+                self.rank, waiting.call
+            );
+            meeting.broken = Some(reason.clone());
+            self.shared.changed.notify_all();
+            return Err(reason);
+        }
         let round = meeting.round;
         meeting.brought[self.rank] = Some(Contribution { call, kind, tensor });
         if meeting.brought.iter().all(Option::is_some) {
@@ -178,7 +200,7 @@ impl LocalGroup {
             meeting.round += 1;
             self.shared.changed.notify_all();
         }
-        let deadline = Instant::now() + self.shared.timeout;
+        let by = Deadline::after(self.shared.timeout);
         loop {
             if meeting.round > round {
                 // The next round cannot close before this rank brings to it.
@@ -187,17 +209,30 @@ impl LocalGroup {
             if let Some(broken) = &meeting.broken {
                 return Err(broken.clone());
             }
-            let left = deadline.saturating_duration_since(Instant::now());
-            if let Some(reason) = meeting.hopeless(left.is_zero().then_some(self.shared.timeout)) {
+            let left = by.left();
+            if let Some(reason) = meeting.hopeless(left.is_none().then_some(self.shared.timeout)) {
                 meeting.broken = Some(reason.clone());
                 self.shared.changed.notify_all();
                 return Err(reason);
             }
-            meeting = match self.shared.changed.wait_timeout(meeting, left) {
+            meeting = match self.shared.changed.wait_timeout(meeting, left.unwrap_or_default()) {
                 Ok((meeting, _)) => meeting,
                 Err(poisoned) => poisoned.into_inner().0,
             };
         }
+    }
+}
+
+impl Shared {
+    fn new(ranks: usize, timeout: Duration) -> Self {
+        let meeting = Meeting {
+            brought: (0..ranks).map(|_| None).collect(),
+            round: 0,
+            result: None,
+            left: vec![false; ranks],
+            broken: None,
+        };
+        Self { parts: Mutex::default(), timeout, meeting: Mutex::new(meeting), changed: Condvar::new() }
     }
 }
 
@@ -259,6 +294,22 @@ impl ProcessGroup for LocalGroup {
     fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Tensor> {
         check_root(self.world_size(), root)?;
         self.exchange(Kind::Broadcast(root), what, tensor)
+    }
+
+    fn split(&self, color: usize) -> Result<Arc<dyn ProcessGroup>> {
+        let Part { rank, members } = colors(self, color)?;
+        let split = self.splits.fetch_add(1, Ordering::Relaxed);
+        let mut waiting = lock(&self.shared.parts);
+        let key = (split, members[0]);
+        let part = || (Arc::new(Shared::new(members.len(), self.shared.timeout)), members.len());
+        let (shared, to_come) = waiting.entry(key).or_insert_with(part);
+        let part = Arc::new(Self::of(rank, shared.clone()));
+        *to_come -= 1;
+        if *to_come == 0 {
+            waiting.remove(&key);
+        }
+        lock(&self.parts).push(Arc::downgrade(&part));
+        Ok(part)
     }
 }
 

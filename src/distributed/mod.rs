@@ -15,19 +15,66 @@
     doc = "| [`NcclGroup`] | `nccl` | processes or threads, one GPU each | stay on the device |"
 )]
 //!
-//! All ranks make the same collective calls in the same order. Every call says what it is for, and the
-//! ranks compare that before they use what they received: a rank whose call differs from the others'
-//! (another tensor, another dtype, another layer) makes the call fail on all of them.
+//! MPI and NCCL are the engines for clusters. TCP is the rendezvous, and the small case: all its traffic
+//! meets at rank 0. Threads are for tests, examples and several GPUs in one process.
+//!
+//! # What a group promises
+//!
+//! All ranks make the same collective calls in the same order, each rank one at a time. As long as they do,
+//! each gets the result. When they do not:
+//!
+//! * **A rank that makes another call** than its peers (another tensor, dtype or layer; every call says what
+//!   it is for, and that is compared before anything received is used) makes the call fail on all ranks, with
+//!   the words of each. The group then works on.
+//! * **A rank that dies, leaves, stalls, sends what is no message, or joins twice** makes the call under way
+//!   fail on all other ranks, or their next one where they have the result already, and every later call at
+//!   once: that group is over. The errors name the rank where that can be known.
+//! * **Nobody waits longer** than the timeout that the group was made with; over TCP twice as long, since
+//!   rank 0 waits for the others and then tells. A rank that comes later than that gets an error as well.
+//! * **Nobody gets a wrong result**: a call returns what all ranks brought to that very call, or an error.
+//! * **Running statistics move whole or not at all**: [`SyncBatchNorm`](crate::SyncBatchNorm) moves its mean,
+//!   variance and count after everything that can fail has succeeded on this rank.
+//!
+//! What no group can promise is that *all* ranks fail in the same call: one may have its result when another
+//! is lost. Ranks that go on after an error start again from a checkpoint, in a new group.
+//!
+//! How far each engine can keep this: a thread that never returns cannot be ended, so
+//! [`LocalGroup::run`] waits for it, though its peers do not; `mpirun` ends the whole job when one of its
+//! processes dies; NCCL's collectives run on the GPU, after the call has returned: the control group has by
+//! then found that all ranks make the same call, and a rank that is lost afterwards stalls the stream until
+//! NCCL reports it to the next call. The tests behind this, with randomly injected faults, are counted in
+//! `docs/reliability.md`.
+//!
+//! # Parts of a group
+//!
+//! [`ProcessGroup::split`] makes groups of parts of the ranks, as `torch.distributed.new_group` makes the
+//! `process_group` that PyTorch's `SyncBatchNorm` takes: batch norm over the ranks of one machine, say.
+//!
+//! ```
+//! use candle_core::{Device, Tensor};
+//! use candle_norm::distributed::{LocalGroup, ProcessGroup};
+//! # fn main() -> candle_core::Result<()> {
+//! let sums = LocalGroup::run(4, |group| {
+//!     let machine = group.split(group.rank() / 2)?;
+//!     let mine = Tensor::new(&[group.rank() as f32], &Device::Cpu)?;
+//!     machine.all_reduce_sum("example", &mine)?.to_vec1::<f32>()
+//! })?;
+//! assert_eq!(sums, [[1.0], [1.0], [5.0], [5.0]]);
+//! # Ok(()) }
+//! ```
 
 mod bytes;
+mod deadline;
 mod gradients;
 mod local;
 #[cfg(feature = "mpi")]
 mod mpi;
 #[cfg(feature = "nccl")]
 mod nccl;
+mod split;
 mod tcp;
 
+pub(crate) use deadline::Deadline;
 pub use gradients::{all_reduce_gradients, broadcast_vars, Parameters};
 pub use local::LocalGroup;
 #[cfg(feature = "mpi")]
@@ -42,9 +89,10 @@ use std::sync::{Arc, Mutex, MutexGuard};
 /// One rank's handle to a group of ranks that exchange tensors.
 ///
 /// Tensors are contiguous or made so, and come back on the device they came from. Implement this to
-/// run `SyncBatchNorm` over an engine of your own: three methods and a rule.
+/// run `SyncBatchNorm` over an engine of your own: four methods and a rule.
 /// The rule: a call is given `what`, words that are the same on every rank when the ranks do the same;
-/// when they are not, or the tensors differ in shape or dtype, the call fails on every rank.
+/// when they are not, or the tensors differ in shape or dtype, the call fails on every rank. Beyond it see
+/// [what a group promises](self#what-a-group-promises).
 pub trait ProcessGroup: std::fmt::Debug + Send + Sync {
     /// This rank, from 0.
     fn rank(&self) -> usize;
@@ -72,6 +120,17 @@ pub trait ProcessGroup: std::fmt::Debug + Send + Sync {
         check_root(self.world_size(), root)?;
         self.all_gather(&format!("{what}, from rank {root}"), tensor)?.get(root)
     }
+
+    /// The group of those ranks that name the same `color`, in the order of their ranks here.
+    ///
+    /// All ranks call it at once; one that wants to be in no part names a color of its own. The parts are
+    /// independent of each other and of this group, which stays usable, and can be split again.
+    ///
+    /// # Errors
+    /// As [`all_gather`](Self::all_gather), and of an engine that has no parts.
+    fn split(&self, color: usize) -> Result<Arc<dyn ProcessGroup>> {
+        bail!("process-group: {self:?} cannot be split, asked for the part of color {color}")
+    }
 }
 
 impl<G: ProcessGroup + ?Sized> ProcessGroup for Arc<G> {
@@ -93,6 +152,10 @@ impl<G: ProcessGroup + ?Sized> ProcessGroup for Arc<G> {
 
     fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Tensor> {
         (**self).broadcast(what, tensor, root)
+    }
+
+    fn split(&self, color: usize) -> Result<Arc<dyn ProcessGroup>> {
+        (**self).split(color)
     }
 }
 
@@ -131,6 +194,16 @@ pub(crate) fn disagreement(calls: &[&str]) -> Option<String> {
         message.push_str(&format!("\n  rank {rank}: {call}"));
     }
     Some(message)
+}
+
+/// As [`disagreement`], of calls whose words may have been cut, beside digests of all their words.
+pub(crate) fn differ(calls: &[(u64, String)]) -> Option<String> {
+    if calls.windows(2).all(|pair| pair[0].0 == pair[1].0) {
+        return None;
+    }
+    let words: Vec<&str> = calls.iter().map(|(_, words)| words.as_str()).collect();
+    let alike = || "process-group: the ranks made different calls (equal in their first words)".to_string();
+    Some(disagreement(&words).unwrap_or_else(alike))
 }
 
 pub(crate) fn error(message: impl Into<String>) -> Error {

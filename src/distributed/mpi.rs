@@ -9,14 +9,15 @@
 #![allow(unsafe_code)]
 
 use super::bytes::{combine, from_bytes, result_dims, to_bytes};
-use super::{check_root, describe, digest, disagreement, error, lock, Kind, ProcessGroup};
+use super::split::{colors, Part};
+use super::{check_root, describe, differ, digest, error, lock, Deadline, Kind, ProcessGroup};
 use candle_core::{bail, DType, Device, Result, Tensor};
 use mpi::environment::{self, Universe};
 use mpi::ffi;
 use mpi::Threading;
 use std::ffi::c_int;
 use std::sync::{Arc, Mutex, Weak};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 /// The ranks of an MPI job.
 ///
@@ -35,6 +36,8 @@ pub struct MpiGroup {
 struct Link {
     comm: ffi::MPI_Comm,
     broken: Option<String>,
+    /// When the call under way has to be done.
+    by: Deadline,
     /// MPI ends with the last of these; none if it was initialized by somebody else.
     environment: Option<Arc<Universe>>,
 }
@@ -86,8 +89,18 @@ impl MpiGroup {
             check("MPI_Comm_set_errhandler", returns)?;
             (comm, rank, size)
         };
-        let link = Mutex::new(Link { comm, broken: None, environment });
-        Ok(Self { rank: rank as usize, world_size: size as usize, timeout, link })
+        Ok(Self::of(comm, rank as usize, size as usize, timeout, environment))
+    }
+
+    fn of(
+        comm: ffi::MPI_Comm,
+        rank: usize,
+        world_size: usize,
+        timeout: Duration,
+        environment: Option<Arc<Universe>>,
+    ) -> Self {
+        let link = Mutex::new(Link { comm, broken: None, by: Deadline::after(timeout), environment });
+        Self { rank, world_size, timeout, link }
     }
 
     fn exchange(&self, kind: Kind, what: &str, tensor: &Tensor) -> Result<Tensor> {
@@ -98,15 +111,13 @@ impl MpiGroup {
         if let Some(broken) = &link.broken {
             return Err(error(broken.clone()));
         }
+        // One for the whole call, however many collectives it takes.
+        link.by = Deadline::after(self.timeout);
         let frames = self.gather(&mut link, &Frame::new(&words, &payload).0)?;
         let frames: Vec<&[u8]> = frames.chunks_exact(Frame::SIZE).collect();
-        let calls: Vec<String> = frames.iter().map(|frame| Frame::words(frame)).collect();
-        let digests: Vec<&[u8]> = frames.iter().map(|frame| &frame[Frame::DIGEST]).collect();
-        if digests.windows(2).any(|pair| pair[0] != pair[1]) {
-            let calls: Vec<&str> = calls.iter().map(String::as_str).collect();
-            let other =
-                || "process-group: the ranks made different calls (equal in their first words)".into();
-            return Err(error(disagreement(&calls).unwrap_or_else(other)));
+        let calls: Vec<(u64, String)> = frames.iter().map(|frame| Frame::call(frame)).collect();
+        if let Some(words) = differ(&calls) {
+            return Err(error(words));
         }
         let (dtype, n) = (host.dtype(), host.elem_count());
         let result = if payload.len() <= Frame::ROOM {
@@ -127,7 +138,10 @@ impl MpiGroup {
         let Ok(n) = c_int::try_from(mine.len()) else {
             bail!("mpi: a message has {} bytes, expected less than 2^31", mine.len())
         };
-        let all = vec![0u8; mine.len() * self.world_size];
+        let Some(total) = mine.len().checked_mul(self.world_size) else {
+            bail!("mpi: messages of {} bytes from {} ranks are too large", mine.len(), self.world_size)
+        };
+        let all = vec![0u8; total];
         self.complete(link, "MPI_Iallgather", (mine.to_vec(), all), |link, (mine, all), request| {
             // SAFETY: both buffers are owned by `complete`, which frees them only after the request is
             // done, and have the lengths given: n bytes, and n bytes for each rank.
@@ -206,7 +220,7 @@ impl MpiGroup {
             start(link, &mut buffers, &mut request)
         };
         let mut outcome = check(name, started);
-        let (mut done, start) = (outcome.is_err(), Instant::now());
+        let mut done = outcome.is_err();
         while !done {
             let mut flag = 0;
             let tested = {
@@ -216,7 +230,7 @@ impl MpiGroup {
             };
             outcome = check(name, tested);
             done = outcome.is_err() || flag != 0;
-            if !done && start.elapsed() > self.timeout {
+            if !done && link.by.is_over() {
                 outcome = Err(error(format!(
                     "mpi: rank {} waited {:?} for its peers in {name}",
                     self.rank, self.timeout
@@ -262,8 +276,12 @@ impl Frame {
         Self(frame)
     }
 
-    fn words(frame: &[u8]) -> String {
-        String::from_utf8_lossy(&frame[Self::WORDS]).trim_end_matches('\0').to_string()
+    /// Digest and first words.
+    fn call(frame: &[u8]) -> (u64, String) {
+        let mut digest = [0; 8];
+        digest.copy_from_slice(&frame[Self::DIGEST]);
+        let words = String::from_utf8_lossy(&frame[Self::WORDS]).trim_end_matches('\0').to_string();
+        (u64::from_le_bytes(digest), words)
     }
 }
 
@@ -322,6 +340,29 @@ impl ProcessGroup for MpiGroup {
     fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Tensor> {
         check_root(self.world_size, root)?;
         self.exchange(Kind::Broadcast(root), what, tensor)
+    }
+
+    /// MPI's own split follows at once on the exchange of the colors. It knows no timeout, so a rank that is
+    /// lost just between the two holds up the others.
+    fn split(&self, color: usize) -> Result<Arc<dyn ProcessGroup>> {
+        let Part { rank, members } = colors(self, color)?;
+        let link = lock(&self.link);
+        if let Some(broken) = &link.broken {
+            return Err(error(broken.clone()));
+        }
+        let _calling = lock(&CALLING);
+        // SAFETY: the communicator is alive and nothing is under way on it (the lock on `link`); the out
+        // pointer is to a live local. Ranks are below a c_int: MPI counts them in it.
+        let comm = unsafe {
+            let mut comm = link.comm;
+            // The first member's rank stands for the color, which may not fit a c_int.
+            let (color, key) = (members[0] as c_int, rank as c_int);
+            check("MPI_Comm_split", ffi::MPI_Comm_split(link.comm, color, key, &mut comm))?;
+            let returns = ffi::MPI_Comm_set_errhandler(comm, ffi::RSMPI_ERRORS_RETURN);
+            check("MPI_Comm_set_errhandler", returns)?;
+            comm
+        };
+        Ok(Arc::new(Self::of(comm, rank, members.len(), self.timeout, link.environment.clone())))
     }
 }
 

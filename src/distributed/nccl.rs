@@ -26,6 +26,7 @@ use std::sync::{Arc, Mutex};
 pub struct NcclGroup {
     control: Arc<dyn ProcessGroup>,
     checked: bool,
+    device: Device,
     ordinal: usize,
     link: Mutex<Link>,
 }
@@ -91,7 +92,8 @@ impl NcclGroup {
         unsafe { result::comm_init_rank(&mut comm, ranks, id, rank) }
             .map_err(|e| words("ncclCommInitRank", e.0, None))?;
         let ordinal = stream.context().ordinal();
-        Ok(Self { control, checked: true, ordinal, link: Mutex::new(Link { comm, broken: None }) })
+        let link = Mutex::new(Link { comm, broken: None });
+        Ok(Self { control, checked: true, device: device.clone(), ordinal, link })
     }
 
     /// Whether calls are compared before they are made, which they are unless told otherwise. Without, a
@@ -153,7 +155,8 @@ impl NcclGroup {
         stream.context().bind_to_thread().w()?;
         let n = layout.shape().elem_count();
         let total = if kind == Kind::Gather { n * self.world_size() } else { n };
-        let input = storage.as_cuda_slice::<T>()?.slice(layout.start_offset()..layout.start_offset() + n);
+        let start = if n == 0 { 0 } else { layout.start_offset() };
+        let input = storage.as_cuda_slice::<T>()?.slice(start..start + n);
         // SAFETY: T is a number type, for which every bit pattern is a value, and NCCL writes all `total`
         // elements on this stream before anything that is queued later reads them.
         let mut output = unsafe { device.alloc::<T>(total)? };
@@ -256,6 +259,12 @@ impl ProcessGroup for NcclGroup {
             Device::Cuda(_) => self.exchange(Kind::Broadcast(root), what, tensor),
             _ => self.control.broadcast(what, tensor, root),
         }
+    }
+
+    /// The control's part, with a communicator of its own.
+    fn split(&self, color: usize) -> Result<Arc<dyn ProcessGroup>> {
+        let part = Self::new(self.control.split(color)?, &self.device)?;
+        Ok(Arc::new(part.checked(self.checked)))
     }
 }
 

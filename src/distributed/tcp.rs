@@ -1,24 +1,37 @@
 //! A process group over TCP: rank 0 hears every rank, and answers.
 //!
-//! It needs nothing but the standard library and a port, and takes the environment that launchers set. It
-//! is made for small messages: it carries the unique id and the words of calls for NCCL, and serves as an
-//! engine for a few processes where MPI is not installed.
+//! It needs nothing but a port, and takes the environment that launchers set. It is the rendezvous, and the
+//! small case: it carries the unique id and the words of calls for NCCL, and serves a few processes where
+//! MPI is not installed. The engines for clusters are MPI and NCCL.
+
+mod rendezvous;
+mod token;
+mod wire;
 
 use super::bytes::{combine, from_bytes, result_dims, to_bytes};
-use super::{check_root, describe, disagreement, error, lock, Kind, ProcessGroup};
-use candle_core::{bail, Device, Result, Tensor};
-use std::io::{ErrorKind, Read, Write};
-use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use super::split::{colors, Part};
+use super::{check_root, describe, differ, error, lock, Deadline, Kind, ProcessGroup};
+use candle_core::{bail, DType, Device, Result, Tensor};
+use std::io::ErrorKind;
+use std::net::{SocketAddr, TcpListener};
 use std::path::Path;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+use token::Token;
+use wire::{garbage, Channel, Message, Tag, INLINE};
 
 /// The ranks of a job whose processes reach rank 0 over TCP.
 ///
-/// Rank 0 compares the calls, computes, and answers, so every call costs two messages a rank and all
-/// traffic meets at rank 0. A rank whose process ends or that drops its handle fails its peers' calls; one
-/// that stays away fails them after the timeout. The connections are neither encrypted nor
-/// authenticated: use it within a trusted network.
+/// Rank 0 compares the calls, computes, and answers, so every call costs two messages a rank (four where a
+/// rank brings more than 64 KiB) and all traffic meets at rank 0. A rank whose process ends or that drops
+/// its handle fails its peers' calls; one that stays away fails them after the timeout, on rank 0, which
+/// then tells the others: they have waited for rank 0 as well, so at most twice as long.
+///
+/// Who wants to be a rank shows the job's token, and rank 0 shows that it has it too. The token is made for
+/// the job and written into the rendezvous file, which its owner alone can read ([`from_file`](Self::from_file)),
+/// or comes from the environment ([`from_env`](Self::from_env)). It travels in the clear, as all else does:
+/// it keeps out strangers who can reach the port, not those who can listen on the network. Nothing listens
+/// beyond this machine unless an address says so.
 ///
 /// ```
 /// use candle_core::{Device, Tensor};
@@ -50,204 +63,213 @@ pub struct TcpGroup {
 #[derive(Debug)]
 struct Link {
     /// On rank 0 one for each other rank, in rank order; elsewhere the one to rank 0.
-    streams: Vec<TcpStream>,
+    channels: Vec<Channel>,
+    /// Number of the next call.
+    call: u64,
     broken: Option<String>,
 }
-
-/// What opens every connection, so that a stranger on the port is noticed.
-const MAGIC: u64 = 0x6361_6e6e_6f72_6d01;
 
 impl TcpGroup {
     /// How long a rank waits for its peers, to connect and in one call, unless told otherwise: 5 minutes.
     pub const DEFAULT_TIMEOUT: Duration = Duration::from_secs(300);
 
     /// The group that the environment describes as `torchrun` does: `RANK`, `WORLD_SIZE`, `MASTER_ADDR`
-    /// and `MASTER_PORT`. Under `torchrun` itself, whose own store has that port, the one after it is used.
+    /// (this machine, if not set) and `MASTER_PORT`; and `CANDLE_NORM_TOKEN`, 32 random characters or more
+    /// that are the same on all ranks:
+    ///
+    /// ```text
+    /// CANDLE_NORM_TOKEN=$(openssl rand -hex 32) torchrun --no-python --nproc-per-node 4 program
+    /// ```
+    ///
+    /// Under `torchrun` itself, whose own store has that port, the one after it is used.
     ///
     /// # Errors
     /// A variable that is missing or no number, and ranks that do not connect within the timeout.
     pub fn from_env() -> Result<Self> {
         let (rank, world_size) = (env_number("RANK")?, env_number("WORLD_SIZE")?);
-        let (host, port) = (env("MASTER_ADDR")?, env_number("MASTER_PORT")?);
+        let host = std::env::var("MASTER_ADDR").unwrap_or_else(|_| LOOPBACK.to_string());
         let agent = std::env::var("TORCHELASTIC_USE_AGENT_STORE").is_ok_and(|value| value == "True");
-        Self::connect(
-            &format!("{host}:{}", port + usize::from(agent)),
-            rank,
-            world_size,
-            Self::DEFAULT_TIMEOUT,
-        )
+        let port = env_number("MASTER_PORT")?.saturating_add(usize::from(agent));
+        let token = env("CANDLE_NORM_TOKEN")?;
+        Self::connect(&format!("{host}:{port}"), &token, rank, world_size, Self::DEFAULT_TIMEOUT)
     }
 
     /// The group of `world_size` processes that share a file system: rank 0 writes to `path` where it can
-    /// be reached, and the others wait for that. The file must not exist before, and belongs to one job.
+    /// be reached and a token, and the others wait for that. The file must not exist before, belongs to one
+    /// job, and can be read by its owner alone. Rank 0 listens on `MASTER_ADDR`, or on this machine alone.
     ///
     /// # Errors
-    /// A file that cannot be written or already exists, and ranks that do not connect within the timeout.
+    /// A file that cannot be written, already exists or is open to others, and ranks that do not connect
+    /// within the timeout.
     pub fn from_file(path: impl AsRef<Path>, rank: usize, world_size: usize) -> Result<Self> {
         let (path, timeout) = (path.as_ref(), Self::DEFAULT_TIMEOUT);
         check_rank(rank, world_size)?;
         if rank > 0 {
-            let address = wait_for(timeout, &format!("rank 0's address in {}", path.display()), || {
-                // Complete once it ends with a newline.
-                let text = std::fs::read_to_string(path).unwrap_or_default();
-                text.strip_suffix('\n').map(str::to_string)
+            let found = wait_for(timeout, &format!("rank 0's address in {}", path.display()), |_| {
+                token::find(path).transpose()
             })?;
-            return Self::call(&address, rank, world_size, timeout);
+            let (address, token) = found?;
+            return Self::call(&address, &token, rank, world_size, timeout);
         }
-        let host = std::env::var("MASTER_ADDR").unwrap_or_else(|_| "127.0.0.1".to_string());
+        let host = std::env::var("MASTER_ADDR").unwrap_or_else(|_| LOOPBACK.to_string());
         let listener = TcpListener::bind((host.as_str(), 0)).map_err(|e| failed("listen on", &host, &e))?;
         let address = listener.local_addr().map_err(|e| failed("listen on", &host, &e))?;
-        let written = std::fs::File::create_new(path)
-            .and_then(|mut file| file.write_all(format!("{address}\n").as_bytes()));
-        written.map_err(|e| failed("write", &path.display().to_string(), &e))?;
-        Self::answer(&listener, world_size, timeout)
+        let token = Token::random()?;
+        token::publish(path, &address.to_string(), &token)
+            .map_err(|e| failed("write", &path.display().to_string(), &e))?;
+        Self::answer(&listener, &token, world_size, timeout)
     }
 
-    /// The group whose rank 0 listens on `address`, a `host:port`.
+    /// The group whose rank 0 listens on `address`, a `host:port`, and whose ranks all know `token`: 32 to
+    /// 1024 random characters.
     ///
     /// # Errors
-    /// An address that rank 0 cannot listen on, and ranks that do not connect within the timeout.
-    pub fn connect(address: &str, rank: usize, world_size: usize, timeout: Duration) -> Result<Self> {
+    /// A short token, an address that rank 0 cannot listen on, and ranks that do not connect within the
+    /// timeout.
+    pub fn connect(
+        address: &str,
+        token: &str,
+        rank: usize,
+        world_size: usize,
+        timeout: Duration,
+    ) -> Result<Self> {
         check_rank(rank, world_size)?;
+        let token = Token::new(token)?;
         if rank > 0 {
-            return Self::call(address, rank, world_size, timeout);
+            return Self::call(address, &token, rank, world_size, timeout);
         }
         let listener = TcpListener::bind(address).map_err(|e| failed("listen on", address, &e))?;
-        Self::answer(&listener, world_size, timeout)
+        Self::answer(&listener, &token, world_size, timeout)
     }
 
-    /// Rank 0: takes the others' calls.
-    fn answer(listener: &TcpListener, world_size: usize, timeout: Duration) -> Result<Self> {
-        listener.set_nonblocking(true).map_err(|e| failed("wait on", "a socket", &e))?;
-        let mut streams: Vec<Option<TcpStream>> = (1..world_size).map(|_| None).collect();
-        while let Some(absent) = streams.iter().position(Option::is_none) {
-            let mut stream = wait_for(timeout, &format!("rank {}", absent + 1), || {
-                listener.accept().ok().map(|(stream, _)| stream)
-            })?;
-            prepare(&stream, timeout)?;
-            let Ok([magic, rank, size]) = read_numbers(&mut stream) else { continue };
-            if magic != MAGIC {
-                continue;
-            }
-            let place = (rank as usize).checked_sub(1).and_then(|i| streams.get_mut(i));
-            match place {
-                Some(place @ None) if size as usize == world_size => *place = Some(stream),
-                _ => bail!(
-                    "tcp-group: got a call of rank {rank} of {size}, expected each rank of {world_size} once"
-                ),
-            }
-        }
-        Ok(Self::of(0, world_size, timeout, streams.into_iter().flatten().collect()))
+    fn answer(listener: &TcpListener, token: &Token, world_size: usize, timeout: Duration) -> Result<Self> {
+        Ok(Self::of(0, world_size, timeout, rendezvous::answer(listener, token, world_size, timeout)?))
     }
 
-    /// The other ranks: call rank 0 until it answers.
-    fn call(address: &str, rank: usize, world_size: usize, timeout: Duration) -> Result<Self> {
-        let mut stream = wait_for(timeout, &format!("rank 0 at {address}"), || {
-            let mut addresses = address.to_socket_addrs().ok()?;
-            addresses.find_map(|address| TcpStream::connect_timeout(&address, timeout).ok())
-        })?;
-        // Rank 0 speaks last, after it has waited for everybody: its explanation should arrive.
-        prepare(&stream, timeout * 2)?;
-        let hello = [MAGIC, rank as u64, world_size as u64];
-        write_numbers(&mut stream, hello).map_err(|e| failed("greet", "rank 0", &e))?;
-        Ok(Self::of(rank, world_size, timeout, vec![stream]))
+    fn call(address: &str, token: &Token, rank: usize, world_size: usize, timeout: Duration) -> Result<Self> {
+        let channel = rendezvous::call(address, token, rank, world_size, timeout)?;
+        Ok(Self::of(rank, world_size, timeout, vec![channel]))
     }
 
-    fn of(rank: usize, world_size: usize, timeout: Duration, streams: Vec<TcpStream>) -> Self {
-        Self { rank, world_size, timeout, link: Mutex::new(Link { streams, broken: None }) }
+    fn of(rank: usize, world_size: usize, timeout: Duration, channels: Vec<Channel>) -> Self {
+        Self { rank, world_size, timeout, link: Mutex::new(Link { channels, call: 1, broken: None }) }
     }
 
     fn exchange(&self, kind: Kind, what: &str, tensor: &Tensor) -> Result<Tensor> {
         let words = describe(kind, what, tensor);
         let host = tensor.detach().to_device(&Device::Cpu)?.flatten_all()?.contiguous()?;
-        let payload = to_bytes(&host)?;
+        let call = Call { kind, words, payload: to_bytes(&host)?, host };
+        let dims = result_dims(kind, tensor, self.world_size);
+        let bytes = self.world_size.checked_mul(call.payload.len());
+        let Some(most) = bytes else { bail!("tcp-group: {} is too large", call.words) };
         let mut link = lock(&self.link);
         if let Some(broken) = &link.broken {
             return Err(error(broken.clone()));
         }
-        let outcome = if self.rank == 0 {
-            self.serve(&mut link.streams, kind, &words, payload, &host)
-        } else {
-            self.ask(&mut link.streams[0], &words, &payload)
+        let outcome = match self.rank {
+            0 => self.serve(&mut link, call),
+            _ => self.ask(&mut link, call, most),
         };
+        link.call += 1;
         match outcome {
-            Ok(Ok(bytes)) => {
-                let dims = result_dims(kind, tensor, self.world_size);
-                from_bytes(&bytes, tensor.dtype(), &dims)?.to_device(tensor.device())
-            }
+            Ok(Ok(bytes)) => from_bytes(&bytes, tensor.dtype(), &dims)?.to_device(tensor.device()),
             // The ranks disagree, and all know: the group works on.
             Ok(Err(words)) => Err(error(words)),
             Err(words) => {
                 link.broken = Some(words.clone());
-                // Closed, so that the peers do not wait for this rank.
-                link.streams.clear();
+                link.channels.iter().for_each(Channel::end);
                 Err(error(words))
             }
         }
     }
 
     /// Rank 0: hears all, computes, answers all. `Err` where a rank is gone.
-    fn serve(
-        &self,
-        streams: &mut [TcpStream],
-        kind: Kind,
-        words: &str,
-        payload: Vec<u8>,
-        host: &Tensor,
-    ) -> std::result::Result<Answer, String> {
-        let mut brought = vec![(words.to_string(), payload)];
-        for (i, stream) in streams.iter_mut().enumerate() {
-            let heard = read_block(stream)
-                .and_then(|words| Ok((String::from_utf8_lossy(&words).to_string(), read_block(stream)?)));
-            match heard {
-                Ok(heard) => brought.push(heard),
-                Err(e) => {
-                    let reason = self.gone(i + 1, words, &e);
-                    for stream in streams.iter_mut() {
-                        // A peer that cannot be told finds the connection closed.
-                        let _ = reply(stream, GONE, reason.as_bytes());
-                    }
-                    return Err(reason);
-                }
+    fn serve(&self, link: &mut Link, call: Call) -> std::result::Result<Answer, String> {
+        let number = link.call;
+        let outcome = self.collect(link, &call);
+        let told = match &outcome {
+            Ok(Ok(bytes)) => Message::new(Tag::Done, number).payload(bytes.clone()),
+            Ok(Err(words)) => Message::new(Tag::Refused, number).words(words),
+            Err(words) => Message::new(Tag::Broken, number).words(words),
+        };
+        let by = Deadline::after(self.timeout);
+        for i in 0..link.channels.len() {
+            let Err(e) = link.channels[i].send(&told, by) else { continue };
+            if outcome.is_err() {
+                // A peer that cannot be told finds the connection closed.
+                continue;
             }
+            let reason = self.gone(i + 1, &call.words, &e);
+            let broken = Message::new(Tag::Broken, number).words(&reason);
+            // Not the one that may have half a message. Those that have the result hear it in their next call.
+            for (_, channel) in link.channels.iter_mut().enumerate().filter(|(other, _)| *other != i) {
+                let _ = channel.send(&broken, by);
+            }
+            return Err(reason);
         }
-        let calls: Vec<&str> = brought.iter().map(|(words, _)| words.as_str()).collect();
-        let payloads = brought.iter().map(|(_, payload)| payload.as_slice());
-        let answer: Answer = match disagreement(&calls) {
-            Some(words) => Err(words),
-            None => combine(kind, payloads, host.dtype(), host.elem_count())
-                .and_then(|result| to_bytes(&result))
-                .map_err(|e| e.to_string()),
-        };
-        let (status, bytes) = match &answer {
-            Ok(bytes) => (FINE, bytes.as_slice()),
-            Err(words) => (DISAGREE, words.as_bytes()),
-        };
-        for (i, stream) in streams.iter_mut().enumerate() {
-            reply(stream, status, bytes).map_err(|e| self.gone(i + 1, words, &e))?;
-        }
-        Ok(answer)
+        outcome
     }
 
-    /// The other ranks: tell rank 0 and take its answer. `Err` where rank 0 is gone.
-    fn ask(
-        &self,
-        stream: &mut TcpStream,
-        words: &str,
-        payload: &[u8],
-    ) -> std::result::Result<Answer, String> {
-        let mut talk = || {
-            write_block(stream, words.as_bytes())?;
-            write_block(stream, payload)?;
-            let [status] = read_numbers(stream)?;
-            Ok((status, read_block(stream)?))
+    /// What all ranks bring to the call, combined.
+    fn collect(&self, link: &mut Link, call: &Call) -> std::result::Result<Answer, String> {
+        let (number, by, n) = (link.call, Deadline::after(self.timeout), call.payload.len());
+        let mut calls = vec![(super::digest(call.words.as_bytes()), call.words.clone())];
+        let mut brought = vec![];
+        for (i, channel) in link.channels.iter_mut().enumerate() {
+            let heard = expect(channel, &[Tag::Call], number, INLINE, by);
+            let heard = heard.map_err(|e| self.gone(i + 1, &call.words, &e))?;
+            calls.push((heard.digest, heard.text()));
+            brought.push(heard.payload);
+        }
+        if let Some(words) = differ(&calls) {
+            return Ok(Err(words));
+        }
+        for (i, channel) in link.channels.iter_mut().enumerate() {
+            if n > INLINE {
+                let asked = channel.send(&Message::new(Tag::More, number), by);
+                let heard = asked.and_then(|()| expect(channel, &[Tag::Payload], number, n, by));
+                brought[i] = heard.map_err(|e| self.gone(i + 1, &call.words, &e))?.payload;
+            }
+            if brought[i].len() != n {
+                let e = garbage(format!("{} bytes, expected {n}", brought[i].len()));
+                return Err(self.gone(i + 1, &call.words, &e));
+            }
+        }
+        let all = std::iter::once(&call.payload).chain(&brought).map(Vec::as_slice);
+        Ok(combine(call.kind, all, call.host.dtype(), call.host.elem_count())
+            .and_then(|result| to_bytes(&result))
+            .map_err(|e| e.to_string()))
+    }
+
+    /// The other ranks: tell rank 0 and take its answer, of at most `most` bytes. `Err` where rank 0 is gone.
+    fn ask(&self, link: &mut Link, call: Call, most: usize) -> std::result::Result<Answer, String> {
+        let number = link.call;
+        let n = call.payload.len();
+        let result = if call.kind == Kind::Gather { most } else { n };
+        // Rank 0 may have come just before the time was up, and wait for others as long.
+        let by = Deadline::after(self.timeout.saturating_mul(2));
+        let (inline, large) = if n <= INLINE { (call.payload, None) } else { (vec![], Some(call.payload)) };
+        let talk = |channel: &mut Channel| {
+            channel.send(&Message::new(Tag::Call, number).words(&call.words).payload(inline), by)?;
+            let answers = [Tag::Done, Tag::Refused, Tag::Broken];
+            if let Some(payload) = large {
+                let heard = expect(channel, &[Tag::More, Tag::Refused, Tag::Broken], number, 0, by)?;
+                if heard.tag != Tag::More {
+                    return Ok(heard);
+                }
+                channel.send(&Message::new(Tag::Payload, number).payload(payload), by)?;
+            }
+            let heard = expect(channel, &answers, number, result, by)?;
+            if heard.tag == Tag::Done && heard.payload.len() != result {
+                return Err(garbage(format!("{} bytes, expected {result}", heard.payload.len())));
+            }
+            Ok(heard)
         };
-        let (status, bytes) = talk().map_err(|e| self.gone(0, words, &e))?;
-        let text = || String::from_utf8_lossy(&bytes).to_string();
-        match status {
-            FINE => Ok(Ok(bytes)),
-            DISAGREE => Ok(Err(text())),
-            _ => Err(text()),
+        let heard = talk(&mut link.channels[0]).map_err(|e| self.gone(0, &call.words, &e))?;
+        match heard.tag {
+            Tag::Done => Ok(Ok(heard.payload)),
+            Tag::Refused => Ok(Err(heard.text())),
+            _ => Err(heard.text()),
         }
     }
 
@@ -256,73 +278,65 @@ impl TcpGroup {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => {
                 format!("tcp-group: rank {rank} did not join {call} within {:?}", self.timeout)
             }
+            ErrorKind::InvalidData => {
+                format!("tcp-group: rank {rank} sent {error} while others wait in {call}")
+            }
             _ => format!("tcp-group: rank {rank} left the group while others wait in {call} ({error})"),
         }
     }
+
+    /// A port, the address by which a rank that reaches us reaches it, and a token.
+    fn open(&self) -> Result<(TcpListener, SocketAddr, Token)> {
+        let link = lock(&self.link);
+        let local = link.channels.first().map(|channel| channel.stream().local_addr());
+        let here = local.transpose().map_err(|e| failed("find", "this rank's address", &e))?;
+        let host = here.map_or_else(|| LOOPBACK.to_string(), |address| address.ip().to_string());
+        let listener = TcpListener::bind((host.as_str(), 0)).map_err(|e| failed("listen on", &host, &e))?;
+        let address = listener.local_addr().map_err(|e| failed("listen on", &host, &e))?;
+        Ok((listener, address, Token::random()?))
+    }
+}
+
+/// A collective as this rank makes it.
+struct Call {
+    kind: Kind,
+    words: String,
+    payload: Vec<u8>,
+    /// What the payload was made of.
+    host: Tensor,
 }
 
 /// What rank 0 answers: the result, or why there is none.
 type Answer = std::result::Result<Vec<u8>, String>;
 
-const FINE: u64 = 0;
-const DISAGREE: u64 = 1;
-const GONE: u64 = 2;
+/// Where rank 0 listens unless told otherwise: this machine alone can reach it.
+const LOOPBACK: &str = "127.0.0.1";
 
-fn reply(stream: &mut TcpStream, status: u64, bytes: &[u8]) -> std::io::Result<()> {
-    write_numbers(stream, [status])?;
-    write_block(stream, bytes)
-}
-
-fn prepare(stream: &TcpStream, timeout: Duration) -> Result<()> {
-    stream
-        .set_nonblocking(false)
-        // Small messages that wait for each other: never hold one back.
-        .and_then(|()| stream.set_nodelay(true))
-        .and_then(|()| stream.set_read_timeout(Some(timeout)))
-        .and_then(|()| stream.set_write_timeout(Some(timeout)))
-        .map_err(|e| failed("set up", "a connection", &e))
-}
-
-fn write_numbers<const N: usize>(stream: &mut TcpStream, numbers: [u64; N]) -> std::io::Result<()> {
-    numbers.iter().try_for_each(|n| stream.write_all(&n.to_le_bytes()))
-}
-
-fn read_numbers<const N: usize>(stream: &mut TcpStream) -> std::io::Result<[u64; N]> {
-    let mut numbers = [0; N];
-    for n in &mut numbers {
-        let mut bytes = [0; 8];
-        stream.read_exact(&mut bytes)?;
-        *n = u64::from_le_bytes(bytes);
+/// The next message, of one of these kinds and this call; that all is over may be said at any time.
+fn expect(
+    channel: &mut Channel,
+    tags: &[Tag],
+    call: u64,
+    longest: usize,
+    by: Deadline,
+) -> std::io::Result<Message> {
+    let message = channel.receive(longest, by)?;
+    let of_this_call = message.call == call || message.tag == Tag::Broken;
+    if !tags.contains(&message.tag) || !of_this_call {
+        let (tag, number) = (message.tag, message.call);
+        return Err(garbage(format!("{tag:?} of call {number}, expected {tags:?} of call {call}")));
     }
-    Ok(numbers)
-}
-
-fn write_block(stream: &mut TcpStream, bytes: &[u8]) -> std::io::Result<()> {
-    let mut message = (bytes.len() as u64).to_le_bytes().to_vec();
-    message.extend(bytes);
-    stream.write_all(&message)
-}
-
-fn read_block(stream: &mut TcpStream) -> std::io::Result<Vec<u8>> {
-    let [length] = read_numbers(stream)?;
-    let mut bytes = vec![];
-    // Grows as bytes arrive: a wrong length from a stranger does not allocate it.
-    let read = stream.take(length).read_to_end(&mut bytes)?;
-    if read as u64 == length {
-        Ok(bytes)
-    } else {
-        Err(ErrorKind::UnexpectedEof.into())
-    }
+    Ok(message)
 }
 
 /// Polls until there is something or the time is up.
-fn wait_for<T>(timeout: Duration, what: &str, mut poll: impl FnMut() -> Option<T>) -> Result<T> {
-    let start = Instant::now();
+fn wait_for<T>(timeout: Duration, what: &str, mut poll: impl FnMut(Deadline) -> Option<T>) -> Result<T> {
+    let by = Deadline::after(timeout);
     loop {
-        if let Some(found) = poll() {
+        if let Some(found) = poll(by) {
             return Ok(found);
         }
-        if start.elapsed() > timeout {
+        if by.is_over() {
             bail!("tcp-group: waited {timeout:?} for {what}")
         }
         std::thread::sleep(Duration::from_millis(10));
@@ -372,5 +386,28 @@ impl ProcessGroup for TcpGroup {
     fn broadcast(&self, what: &str, tensor: &Tensor, root: usize) -> Result<Tensor> {
         check_root(self.world_size, root)?;
         self.exchange(Kind::Broadcast(root), what, tensor)
+    }
+
+    fn split(&self, color: usize) -> Result<Arc<dyn ProcessGroup>> {
+        let Part { rank, members } = colors(self, color)?;
+        // The lowest rank of each part listens; all exchange where, and that part's token.
+        let opened = (rank == 0).then(|| self.open()).transpose();
+        let mut card = String::new();
+        if let Ok(Some((_, address, token))) = &opened {
+            card = format!("{address} {}", String::from_utf8_lossy(token.bytes()));
+        }
+        let mut bytes = [0u8; 256];
+        bytes[..card.len()].copy_from_slice(card.as_bytes());
+        let cards = self.all_gather("addresses of a split", &Tensor::new(&bytes, &Device::Cpu)?)?;
+        let size = members.len();
+        if let Some((listener, _, token)) = opened? {
+            return Ok(Arc::new(Self::answer(&listener, &token, size, self.timeout)?));
+        }
+        let card = cards.get(members[0])?.to_dtype(DType::U8)?.to_vec1::<u8>()?;
+        let card = String::from_utf8_lossy(&card).trim_end_matches('\0').to_string();
+        let Some((address, token)) = card.split_once(' ') else {
+            bail!("tcp-group: rank {} could not open a port for its part of a split", members[0])
+        };
+        Ok(Arc::new(Self::call(address, &Token::new(token)?, rank, size, self.timeout)?))
     }
 }

@@ -30,6 +30,8 @@ pub const ALL: &[(&str, Case)] = &[
     ("gradients_averaged", gradients_averaged),
     ("variables_broadcast", variables_broadcast),
     ("training_follows_one_process", super::training::training_follows_one_process),
+    ("parts_are_groups", parts_are_groups),
+    ("batch_norm_over_parts", batch_norm_over_parts),
 ];
 
 fn collectives(group: &Group) -> Result<()> {
@@ -286,6 +288,49 @@ fn gradients_averaged(group: &Group) -> Result<()> {
         assert!(gradients.get(get(&vars, "running_mean")?.as_tensor()).is_none());
     }
     Ok(())
+}
+
+/// Interleaved parts that work at their own pace, parts of parts, and parts of one.
+fn parts_are_groups(group: &Group) -> Result<()> {
+    let (rank, ranks) = (group.rank(), group.world_size());
+    let part = group.split(rank % 2)?;
+    let members: Vec<usize> = (0..ranks).filter(|r| r % 2 == rank % 2).collect();
+    assert_eq!((part.world_size(), part.rank()), (members.len(), rank / 2));
+    let mine = Tensor::new(&[rank as f64], &Device::Cpu)?;
+    let total: usize = members.iter().sum();
+    // One part makes more calls than the other, and the whole goes on between them.
+    for _ in 0..2 + rank % 2 {
+        assert_eq!(numbers(&part.all_reduce_sum("part", &mine)?)?, [total as f64]);
+        let all = numbers(&part.all_gather("part", &mine)?)?;
+        assert_eq!(all, members.iter().map(|r| *r as f64).collect::<Vec<_>>());
+    }
+    assert_eq!(numbers(&group.all_reduce_sum("whole", &mine)?)?, [(ranks * (ranks - 1) / 2) as f64]);
+    let last = part.world_size() - 1;
+    assert_eq!(numbers(&part.broadcast("part", &mine, last)?)?, [members[last] as f64]);
+    // Split again, with two splits of one group alive.
+    let half = part.split(part.rank() / 2)?;
+    let alone = group.split(100 + rank)?;
+    assert_eq!(alone.world_size(), 1);
+    let pair: Vec<usize> = members.chunks(2).nth(part.rank() / 2).unwrap_or_default().to_vec();
+    assert_eq!(numbers(&half.all_reduce_sum("pair", &mine)?)?, [pair.iter().sum::<usize>() as f64]);
+    assert_eq!(numbers(&alone.all_reduce_sum("alone", &mine)?)?, [rank as f64]);
+    // A part whose ranks differ fails, and nobody else; then it works on.
+    let what = if rank == 0 { "a" } else { "b" };
+    let outcome = part.all_gather(what, &mine);
+    assert_eq!(outcome.is_err(), rank % 2 == 0 && part.world_size() > 1);
+    assert!(group.split(usize::MAX).is_err());
+    collectives(&part)
+}
+
+/// Each part as one process with the part's batch, whatever the other does.
+fn batch_norm_over_parts(group: &Group) -> Result<()> {
+    let rank = group.rank();
+    let part = group.split(rank % 2)?;
+    for samples in batches(part.world_size()) {
+        let problem = Problem { dtype: DType::F64, samples, shift: rank as f64 % 2.0, ..Problem::default() };
+        compare(&part, &problem, BatchNormOptions::default())?;
+    }
+    collectives(group)
 }
 
 fn variables_broadcast(group: &Group) -> Result<()> {

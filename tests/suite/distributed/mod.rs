@@ -4,6 +4,8 @@
 
 mod cases;
 mod conversion;
+mod faults;
+mod schedule;
 mod support;
 mod tcp;
 mod training;
@@ -55,6 +57,8 @@ over_threads!(
     gradients_averaged,
     variables_broadcast,
     training_follows_one_process,
+    parts_are_groups,
+    batch_norm_over_parts,
 );
 
 fn one() -> Tensor {
