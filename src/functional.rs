@@ -16,9 +16,9 @@
 //! # Errors
 //!
 //! Every function refuses another dtype than these four, a shape that does not fit, tensors on different
-//! devices and a negative or NaN `eps`. With running statistics: one of the two without the other, a
-//! `momentum` outside `0..=1`, statistics that are not contiguous, lie in another argument's memory or are
-//! one variable.
+//! devices, an input of 2^58 elements or more and a negative or NaN `eps`. With running statistics: one of
+//! the two without the other, a `momentum` outside `0..=1`, statistics that are not contiguous, lie in
+//! another argument's memory or are one variable.
 
 // Apart from the layers, which hold parameters, and from `autograd`, which takes arguments as
 // correct: here every argument is checked, once, and every tensor gets its geometry, once.

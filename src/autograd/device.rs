@@ -23,10 +23,18 @@ macro_rules! on_device {
 
 type Guarded<'a> = (StorageRef<'a>, &'a Layout);
 
+/// Where the elements start: a view of none may start beyond the end of its storage.
+pub(crate) fn start(layout: &Layout) -> usize {
+    match layout.shape().dims().contains(&0) {
+        true => 0,
+        false => layout.start_offset(),
+    }
+}
+
 /// A tensor's storage as an argument.
 pub(crate) fn arg<'a, S: Kernels>(guarded: &'a Guarded<'_>) -> Result<Arg<'a, S>> {
     match S::unwrap(&guarded.0) {
-        Some(storage) => Ok(Arg { storage, offset: guarded.1.start_offset() }),
+        Some(storage) => Ok(Arg { storage, offset: start(guarded.1) }),
         None => bail!("candle-norm: an argument is not on the input's device"),
     }
 }

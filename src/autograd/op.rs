@@ -176,7 +176,7 @@ impl NormOp {
         let guards = self.held.map(|t| Ok(t.storage_and_layout()))?;
         let mut parts = guards.map(device::arg)?;
         for (input, &(storage, layout)) in self.inputs.iter().zip(inputs) {
-            let arg = Arg { storage, offset: layout.start_offset() };
+            let arg = Arg { storage, offset: device::start(layout) };
             place(&mut parts, *input, arg, layout.shape().elem_count() / 2);
         }
         let running = self.reads().map(|r| (r.mean.storage_and_layout(), r.var.storage_and_layout()));
@@ -197,7 +197,7 @@ impl NormOp {
             given,
             keep: self.keep && merged.is_none(),
             running: self.moves(),
-            ..Forward::new(self.norm, Arg { storage: x.0, offset: x.1.start_offset() })
+            ..Forward::new(self.norm, Arg { storage: x.0, offset: device::start(x.1) })
         })
     }
 

@@ -24,10 +24,22 @@ pub(super) fn check_affine(
 
 pub(super) fn check_input(op: &str, input: &Tensor, eps: f64) -> Result<()> {
     check_dtype(op, "input", input)?;
+    check_size(op, input)?;
     if eps.is_nan() || eps < 0.0 {
         bail!("{op}: eps must not be negative, got {eps}")
     }
     Ok(())
+}
+
+/// Every product of sizes, and of the statistics' three numbers a set, is then a number of bytes that memory
+/// can have. Sizes of 0 count as 1, since the products of the others are taken too.
+fn check_size(op: &str, input: &Tensor) -> Result<()> {
+    const MOST: usize = isize::MAX as usize / (4 * size_of::<f64>());
+    let count = input.dims().iter().try_fold(1usize, |n, dim| n.checked_mul(*dim.max(&1)));
+    match count {
+        Some(count) if count <= MOST => Ok(()),
+        _ => bail!("{op}: input has shape {:?}, expected at most {MOST} elements", input.dims()),
+    }
 }
 
 pub(super) fn check_dtype(op: &str, what: &str, tensor: &Tensor) -> Result<()> {
@@ -42,6 +54,7 @@ pub(super) fn check_channels(op: &str, input: &Tensor, rank: usize) -> Result<us
     if input.rank() < rank {
         bail!("{op}: input has shape {:?}, expected at least {rank} dimensions", input.dims())
     }
+    check_size(op, input)?;
     input.dim(1)
 }
 

@@ -68,6 +68,10 @@ fn splitmix(i: u64) -> u64 {
 
 /// Elements in logical order; f64 holds all four dtypes exactly.
 pub fn values(t: &Tensor) -> Vec<f64> {
+    if t.elem_count() == 0 {
+        // Candle's to_vec1 panics where a view of nothing starts beyond its storage.
+        return vec![];
+    }
     let flat = t.to_dtype(DType::F64).and_then(|t| t.flatten_all()).and_then(|t| t.to_vec1());
     flat.expect("a readable tensor")
 }

@@ -30,6 +30,9 @@ fn each() -> Vec<Case> {
             if matches!(norm, Norm::Batch { .. } | Norm::Instance { .. }) {
                 case.running = Some(DType::F32);
             }
+            cases.push(case.clone());
+            // Cut out of something as empty, it starts beyond the end of its storage.
+            case.layout.narrow = Some((dims.len() - 1, 2, 1));
             cases.push(case);
         }
     }

@@ -259,3 +259,21 @@ fn a_failed_call_moves_no_running_statistics() -> Result<()> {
     }
     Ok(())
 }
+
+/// One element repeated costs no memory, so such a shape can be asked for.
+#[test]
+fn more_elements_than_memory_can_have() -> Result<()> {
+    for dims in [[1 << 40, 2, 1 << 40], [1 << 30, 2, 1 << 30], [usize::MAX, 2, 2], [1 << 57, 1, 2]] {
+        let x = x(&[1, 1, 1]).broadcast_as(&dims)?;
+        let parts = ["input has shape", "expected at most 288230376151711743 elements"];
+        let (mean, var) = running(2);
+        refused(batch(&x, None, None), &parts);
+        let evaluated = f::batch_norm(&x, Some(&mean), Some(&var), None, None, false, 0.1, 1e-5);
+        refused(evaluated, &parts);
+        refused(instance(&x, None, None), &parts);
+        refused(f::group_norm(&x, 1, None, None, 1e-5), &parts);
+        refused(f::layer_norm(&x, &dims[2..], None, None, 1e-5), &parts);
+        refused(f::rms_norm(&x, &dims, None, 1e-5), &parts);
+    }
+    Ok(())
+}
