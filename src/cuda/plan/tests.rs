@@ -4,6 +4,8 @@ use super::*;
 use crate::cuda::entry::module::Module;
 use std::collections::HashSet;
 
+mod large;
+
 const SM70: DeviceProperties = DeviceProperties { capability: 70, multiprocessors: 80, shared: 96 << 10 };
 const SM80: DeviceProperties = DeviceProperties { capability: 80, multiprocessors: 108, shared: 163 << 10 };
 const SM90: DeviceProperties = DeviceProperties { capability: 90, multiprocessors: 132, shared: 227 << 10 };
