@@ -7,10 +7,8 @@
 # of the run (so does MMDiT's f16), which without such a run is f32 as before. And, in ours, the one
 # call that an import cannot replace: Conv2d::absorb_bn in FastViT.
 #
-# Needs cargo and the network. Arguments: parts of models' names, for those alone; `--seed N` for other weights,
-# `--initial` for those before training, moved by 0.05; `--variables` for the gradients of each variable, the dozen
-# furthest apart; `--break` to see the comparison fail: candle-nn's norms are off by a twentieth, and a model that
-# calls one and does not differ is an error.
+# Needs cargo and the network. Arguments: parts of models' names, for those alone; `--seed N` for other weights;
+# `--variables` for the gradients of each variable, the dozen furthest apart.
 set -eu
 cd "$(dirname "$0")"
 version=0.11.1

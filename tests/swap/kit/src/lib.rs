@@ -6,7 +6,7 @@ mod gguf;
 mod run;
 
 pub use gguf::{discover, Gguf};
-pub use run::{set_initial, set_seed, Run, VOCABULARY};
+pub use run::{set_seed, Run, VOCABULARY};
 
 use candle_core::{Result, Tensor};
 

@@ -10,7 +10,7 @@ use rand::{rngs::StdRng, Rng, SeedableRng};
 use rand_distr::StandardNormal;
 use std::cell::Cell;
 use std::collections::BTreeMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// Of every language model here.
@@ -21,13 +21,6 @@ static SEED: AtomicU64 = AtomicU64::new(0);
 /// Other values from here on, in the whole process.
 pub fn set_seed(seed: u64) {
     SEED.store(seed, Ordering::Relaxed);
-}
-
-static INITIAL: AtomicBool = AtomicBool::new(false);
-
-/// From here on weights as they are before training, moved by 0.05.
-pub fn set_initial() {
-    INITIAL.store(true, Ordering::Relaxed);
 }
 
 type Variables = Arc<Mutex<BTreeMap<String, Var>>>;
@@ -103,7 +96,6 @@ pub(crate) fn weights(name: &str, shape: &Shape, init: Init) -> Vec<f32> {
     // A convolution's or a matrix's inputs: all but the first dimension.
     let inputs: usize = shape.dims().iter().skip(1).product();
     let (mean, deviation) = match init {
-        _ if INITIAL.load(Ordering::Relaxed) => initial(init, shape),
         _ if leaf == "running_var" => (1.0, 0.1),
         Init::Const(c) if c != 0.0 => (c as f32, 0.1),
         _ if shape.rank() >= 2 => (0.0, (inputs as f32).powf(-0.5)),
@@ -114,19 +106,6 @@ pub(crate) fn weights(name: &str, shape: &Shape, init: Init) -> Vec<f32> {
     let limit = if leaf == "running_var" { 5.0 } else { f32::INFINITY };
     values.iter_mut().for_each(|v| *v = mean + deviation * v.clamp(-limit, limit));
     values
-}
-
-/// Mean and deviation of what candle-nn draws, and 0.05 more.
-fn initial(init: Init, shape: &Shape) -> (f32, f32) {
-    let (mean, deviation) = match init {
-        Init::Const(c) => (c, 0.0),
-        Init::Uniform { lo, up } => ((lo + up) / 2.0, (up - lo) / 12f64.sqrt()),
-        Init::Randn { mean, stdev } => (mean, stdev),
-        Init::Kaiming { fan, non_linearity, .. } => {
-            (0.0, non_linearity.gain() / (fan.for_shape(shape) as f64).sqrt())
-        }
-    };
-    (mean as f32, deviation.hypot(0.05) as f32)
 }
 
 struct Seeded(Variables, Arc<Mutex<Predicate>>);

@@ -3,10 +3,10 @@
 //! The fused path, which candle-nn takes for contiguous inputs, ends the graph. And with its norms counted: a
 //! model that calls none says nothing about ours.
 
-pub use batch_norm::{batch_norm, BatchNorm};
-pub use group_norm::{group_norm, GroupNorm};
 pub use layer_norm::{layer_norm, layer_norm_no_bias, rms_norm, LayerNorm, RmsNorm};
 pub use nn_common::{rotary_emb, tensor, working_dtype};
+pub use batch_norm::{batch_norm, BatchNorm};
+pub use group_norm::{group_norm, GroupNorm};
 pub use real_nn::*;
 
 pub mod ops {
@@ -15,11 +15,13 @@ pub mod ops {
     pub use real_nn::ops::*;
 
     pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f32) -> Result<Tensor> {
-        nn_common::counted(real_nn::ops::layer_norm_slow(x, weight, bias, eps))
+        nn_common::count_norm();
+        real_nn::ops::layer_norm_slow(x, weight, bias, eps)
     }
 
     pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f32) -> Result<Tensor> {
-        nn_common::counted(real_nn::ops::rms_norm_slow(x, weight, eps))
+        nn_common::count_norm();
+        real_nn::ops::rms_norm_slow(x, weight, eps)
     }
 }
 
@@ -41,7 +43,8 @@ pub mod batch_norm {
 
     impl ModuleT for BatchNorm {
         fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-            nn_common::counted(self.0.forward_t(x, train))
+            nn_common::count_norm();
+            self.0.forward_t(x, train)
         }
     }
 
@@ -65,7 +68,8 @@ pub mod group_norm {
 
     impl Module for GroupNorm {
         fn forward(&self, x: &Tensor) -> Result<Tensor> {
-            nn_common::counted(self.0.forward(x))
+            nn_common::count_norm();
+            self.0.forward(x)
         }
     }
 
@@ -114,7 +118,8 @@ pub mod layer_norm {
 
     impl Module for LayerNorm {
         fn forward(&self, x: &Tensor) -> Result<Tensor> {
-            nn_common::counted(match self.0.bias() {
+            nn_common::count_norm();
+            match self.0.bias() {
                 // As without a bias: `layer_norm_slow` takes its eps in f32, too coarse for a run in f64.
                 Some(bias) if self.0.remove_mean() => {
                     let no_bias = real_nn::LayerNorm::new_no_bias(self.0.weight().clone(), self.0.eps());
@@ -122,7 +127,7 @@ pub mod layer_norm {
                 }
                 // candle-nn composes these itself.
                 _ => self.0.forward(x),
-            })
+            }
         }
     }
 
