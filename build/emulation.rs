@@ -34,7 +34,7 @@ pub fn compile() -> Result<()> {
         // g++ and clang++ take a .cu file for C++ when told so.
         build.file(as_cpp(&file)?);
     }
-    build.file("cuda/emulation/run.cpp");
+    build.file("cuda/emulation/run.cpp").file("cuda/emulation/agree.cpp");
     // Kernels are found by the names under which they register; nothing else refers to them.
     build.link_lib_modifier("+whole-archive").compile("norm_emulation");
     Ok(())

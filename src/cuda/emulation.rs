@@ -19,6 +19,8 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
 #[cfg(test)]
+mod agree;
+#[cfg(test)]
 mod fused;
 #[cfg(test)]
 mod tests;

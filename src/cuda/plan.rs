@@ -272,7 +272,7 @@ pub(crate) fn input_gradient(r: &Request, device: &DeviceProperties, count: f64)
 }
 
 /// The code by which kernels know an activation (`enum Activation` of params.cuh), and its slope.
-fn activation_code(activation: Option<Activation>) -> (u32, f64) {
+pub(super) fn activation_code(activation: Option<Activation>) -> (u32, f64) {
     match activation {
         None => (0, 0.0),
         Some(Activation::Relu) => (1, 0.0),
