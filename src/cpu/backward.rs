@@ -2,11 +2,12 @@
 //! Parameter gradients are summed per tile, and over the tiles in their order.
 
 use super::affine::{Affine, Form};
-use super::element::{converted, Element, Float, Walked};
+use super::element::{converted, Float};
 use super::forward::{after, elements, optional_tiles, source, written};
 use super::gradient::{Means, MeansFrom, ParamSums, Sums};
 use super::kernel::{self, Input, PartialSums};
 use super::level::Level;
+use super::loops::{Stored, Walked};
 use super::moments::{Source as StatsFrom, Stats};
 use super::output::Output;
 use super::parallel::{for_each, split};
@@ -22,7 +23,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 
 /// A backward's arguments, read.
-struct Call<'a, T: Element> {
+struct Call<'a, T: Stored> {
     level: Level,
     norm: &'a Norm,
     g: &'a Geometry,
@@ -40,7 +41,7 @@ const fn bytes<W>() -> usize {
     2 * size_of::<W>()
 }
 
-pub(super) fn backward<T: Element>(
+pub(super) fn backward<T: Stored>(
     level: Level,
     call: &Backward<CpuStorage>,
 ) -> Result<Gradients<CpuStorage>> {
@@ -52,7 +53,7 @@ pub(super) fn backward<T: Element>(
     }
 }
 
-fn run<T: Element, W: Walked<Acc = T::Acc>>(
+fn run<T: Stored, W: Walked<Acc = T::Acc>>(
     read: &Call<T>,
     call: &Backward<CpuStorage>,
 ) -> Result<Gradients<CpuStorage>> {
@@ -89,7 +90,7 @@ struct Outputs<T> {
 }
 
 /// Sums over each set of `dy` and of `dy * xhat`: `[2, sets]`.
-pub(super) fn gradient_sums<T: Element>(level: Level, call: &Backward<CpuStorage>) -> Result<Vec<T::Acc>> {
+pub(super) fn gradient_sums<T: Stored>(level: Level, call: &Backward<CpuStorage>) -> Result<Vec<T::Acc>> {
     let read = Call::<T>::new(level, call, true)?;
     if !read.g.one_param_per_set() || read.g.outer > 1 {
         bail!("{}: gradient sums are for norms with a parameter per set", call.norm.name)
@@ -102,7 +103,7 @@ pub(super) fn gradient_sums<T: Element>(level: Level, call: &Backward<CpuStorage
 }
 
 /// dx from sums over `count` elements a set, some of them elsewhere.
-pub(super) fn input_gradient<T: Element>(
+pub(super) fn input_gradient<T: Stored>(
     level: Level,
     call: &Backward<CpuStorage>,
     sums: &Arg<CpuStorage>,
@@ -133,7 +134,7 @@ pub(super) fn input_gradient<T: Element>(
 /// Gradients of weight and bias.
 type Params<A> = [Vec<A>; 2];
 
-impl<'a, T: Element> Call<'a, T> {
+impl<'a, T: Stored> Call<'a, T> {
     fn new(level: Level, call: &'a Backward<'a, CpuStorage>, params: bool) -> Result<Self> {
         let g = &call.norm.geometry;
         Ok(Self {
@@ -330,7 +331,7 @@ fn count(norm: &Norm, tile: &Tile) -> usize {
 }
 
 fn stored<A: Float>(x: Vec<A>, dtype: DType) -> Result<CpuStorage> {
-    fn rounded<A: Float, T: Element>(x: Vec<A>) -> Vec<T> {
+    fn rounded<A: Float, T: Stored>(x: Vec<A>) -> Vec<T> {
         x.into_iter().map(|x| T::narrow(T::Acc::from64(x.to64()))).collect()
     }
     Ok(match dtype {

@@ -2,59 +2,74 @@
 //! normalize.
 
 use super::affine::{Affine, Form};
-use super::element::{converted, Element, Float, Walked};
+use super::element::{converted, Element, Float};
 use super::kernel::{self, Partial};
 use super::level::Level;
+use super::loops::{Stored, Walked};
 use super::moments::{Moments, Source as StatsFrom, Stat, Stats, StatsOut};
 use super::output::Output;
 use super::parallel::{for_each, split};
 use super::plan::{self, From, Visit};
 use super::stage::{pieces, After, Scratch, Source, Tensor};
 use super::tile::{Cut, Tile};
-use super::view::OutTile;
+use super::view::{same, OutTile};
 use super::walks;
 use crate::fusion::Gate;
 use crate::geometry::Geometry;
 use crate::request::{Arg, Forward, Given, Norm};
-use candle_core::{CpuStorage, Result};
+use candle_core::backend::BackendStorage;
+use candle_core::{bail, CpuStorage, Result};
 
 /// What a forward returns, in its types.
-pub(super) struct Outcome<T: Element> {
+pub(super) struct Outcome<T: Stored> {
     pub y: Vec<T>,
     /// If the call wants them or has running ones to move.
     pub stats: Option<Vec<T::Acc>>,
-    /// x + residual, if it has a residual of x's type.
-    pub sum: Option<Vec<T>>,
+    /// x + residual, in the residual's type.
+    pub sum: Option<CpuStorage>,
 }
 
-/// The residual, if there is one, has x's type.
-pub(super) fn forward<T: Element>(level: Level, call: &Forward<CpuStorage>) -> Result<Outcome<T>> {
+pub(super) fn forward<T: Stored>(level: Level, call: &Forward<CpuStorage>) -> Result<Outcome<T>> {
+    match call.residual {
+        // A stream of wider elements.
+        Some(r) if r.storage.dtype() != T::DTYPE => with_residual::<T, T::Acc>(level, call),
+        _ => with_residual::<T, T>(level, call),
+    }
+}
+
+fn with_residual<T: Stored, R: Element<Acc = T::Acc>>(
+    level: Level,
+    call: &Forward<CpuStorage>,
+) -> Result<Outcome<T>> {
     let (norm, g) = (&call.norm, &call.norm.geometry);
     let after = after(level, norm, [&call.skip, &call.gate])?;
     let mut x = source::<T>(level, norm, &call.x, &call.gate)?;
-    let residual = call.residual.map(|r| elements::<T>(norm, &r)).transpose()?;
+    let residual = call.residual.map(|r| elements::<R>(norm, &r)).transpose()?;
     let residual = residual.map(|x| Tensor { level, x, width: g.width });
     // z is not rounded before what follows it, nor x times its gate.
-    let wide = after.any() || x.gate.is_some();
+    let wide = after.any() || x.gate.is_some() || same::<T, R>(&[]).is_none();
     let form = Form::of(g, call.weight.is_some() || call.bias.is_some());
     let bytes = if wide { size_of::<T::Acc>() } else { size_of::<T::Walk>() };
     let plan = plan::Forward::new(g, form, bytes, call.given.is_some());
     // Where tiles do not hold whole sets, x would be read before it is summed; tiles of several rows have gaps.
     let early = residual.filter(|_| plan.from == From::Given || g.rows > 1);
-    let sum = early.map(|residual| add::<T, T>(level, g, &x, residual.x));
+    let sum = early.map(|residual| add(level, g, &x, residual.x));
     if let Some(sum) = &sum {
+        let Some(sum) = same(sum) else {
+            bail!("{}: a residual of another dtype, and sets that are cut", norm.name)
+        };
         x = Source::plain(level, sum, g);
     }
     let residual = residual.filter(|_| sum.is_none());
     let outcome = match wide {
-        true => run::<T, T::Acc>(level, call, &plan, x, residual, after)?,
-        false => run::<T, T::Walk>(level, call, &plan, x, residual, after)?,
+        true => run::<T, R, T::Acc>(level, call, &plan, x, residual, after)?,
+        false => run::<T, R, T::Walk>(level, call, &plan, x, residual, after)?,
     };
-    Ok(Outcome { sum: outcome.sum.or(sum), ..outcome })
+    Ok(Outcome { sum: outcome.sum.or(sum.map(R::to_cpu_storage_owned)), ..outcome })
 }
 
 /// `x + residual`, rounded to the residual's type.
-pub(super) fn add<T: Element, R: Element>(
+fn add<T: Stored, R: Element<Acc = T::Acc>>(
     level: Level,
     g: &Geometry,
     x: &Source<T>,
@@ -72,7 +87,7 @@ pub(super) fn add<T: Element, R: Element>(
 }
 
 /// What stands behind the norm.
-pub(super) fn after<'a, T: Element>(
+pub(super) fn after<'a, T: Stored>(
     level: Level,
     norm: &Norm,
     [skip, gate]: [&Option<Arg<'a, CpuStorage>>; 2],
@@ -86,7 +101,7 @@ pub(super) fn after<'a, T: Element>(
 }
 
 /// x, with its gate if it has one.
-pub(super) fn source<'a, T: Element>(
+pub(super) fn source<'a, T: Stored>(
     level: Level,
     norm: &Norm,
     x: &Arg<'a, CpuStorage>,
@@ -100,12 +115,12 @@ pub(super) fn source<'a, T: Element>(
     Ok(source)
 }
 
-fn run<T: Element, W: Walked<Acc = T::Acc>>(
+fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
     level: Level,
     call: &Forward<CpuStorage>,
     plan: &plan::Forward,
     x: Source<T>,
-    residual: Option<Tensor<T>>,
+    residual: Option<Tensor<R>>,
     after: After<T>,
 ) -> Result<Outcome<T>> {
     let (norm, g) = (&call.norm, &call.norm.geometry);
@@ -133,7 +148,7 @@ fn run<T: Element, W: Walked<Acc = T::Acc>>(
     for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (((tile, mut y), mut stats), mut sum)| {
         for piece in &pieces(g, tile, norm.fusion.tokens, staged) {
             let x = match (&residual, &mut sum) {
-                (Some(residual), Some(sum)) => x.read_sum::<W>(residual, piece, &mut scratch.x, sum),
+                (Some(residual), Some(sum)) => x.read_sum::<R, W>(residual, piece, &mut scratch.x, sum),
                 _ => x.read::<W>(piece, &mut scratch.x),
             };
             let (affine, stats) = (&affine.of_row(piece.rows.start, g), stats.next(piece.sets(g).len()));
@@ -145,7 +160,8 @@ fn run<T: Element, W: Walked<Acc = T::Acc>>(
             });
         }
     });
-    Ok(Outcome { y: written(output), stats, sum: sum.map(written) })
+    let sum = sum.map(|sum| R::to_cpu_storage_owned(written(sum)));
+    Ok(Outcome { y: written(output), stats, sum })
 }
 
 /// The tiles of an output that there may be.
@@ -184,7 +200,7 @@ fn snapshot<A: Float>(given: &Given<CpuStorage>, sets: usize) -> Result<Vec<A>> 
 }
 
 /// The input's statistics, `[3, sets]`.
-pub(super) fn statistics<T: Element>(level: Level, norm: &Norm, x: &Arg<CpuStorage>) -> Result<Vec<T::Acc>> {
+pub(super) fn statistics<T: Stored>(level: Level, norm: &Norm, x: &Arg<CpuStorage>) -> Result<Vec<T::Acc>> {
     let visit = plan::Forward::statistics(&norm.geometry, size_of::<T::Walk>());
     let x = source::<T>(level, norm, x, &None)?;
     Ok(cut_sets::<T, T::Walk>(level, &norm.geometry, x, &visit))
@@ -204,7 +220,7 @@ fn strided<'a, T: Element>(norm: &Norm, x: &Arg<'a, CpuStorage>) -> Result<&'a [
 }
 
 /// Statistics of sets that are cut, or may be.
-fn cut_sets<T: Element, W: Walked<Acc = T::Acc>>(
+fn cut_sets<T: Stored, W: Walked<Acc = T::Acc>>(
     level: Level,
     g: &Geometry,
     x: Source<T>,

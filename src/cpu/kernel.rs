@@ -1,9 +1,9 @@
 //! What a walk is given: a tile, its elements and constants, and where its results go.
 
 use super::affine::Affine;
-use super::element::{Element, Float, Walked, PANEL};
+use super::element::{Element, Float, PANEL};
 use super::gradient::{Means, MeansFrom, ParamSums, Sums};
-use super::loops::Loops;
+use super::loops::{Loops, Walked};
 use super::moments::{Moments, Source, Stat, Stats};
 use super::tile::Tile;
 use super::view::{Block, InTile, OutTile};

@@ -40,6 +40,7 @@ mod output;
 mod parallel;
 mod plan;
 mod running;
+mod scalar;
 mod stage;
 #[cfg(test)]
 mod tests;
@@ -53,7 +54,7 @@ use {
     crate::fusion::Gate,
     crate::request::{Arg, Backward, Forward, Gradients, Norm, Normed},
     candle_core::backend::BackendStorage,
-    candle_core::{bail, CpuStorage, DType, Layout, Result, Storage, WithDType},
+    candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType},
     half::{bf16, f16},
     level::Level,
 };
@@ -84,34 +85,6 @@ macro_rules! by_dtype {
     };
 }
 
-/// A forward whose residual is not of x's type: the sum, in the residual's, is normalized in the wider of the two.
-#[cfg(not(feature = "cuda-emulation"))]
-fn mixed(level: Level, call: Forward<CpuStorage>, residual: Arg<CpuStorage>) -> Result<Normed<CpuStorage>> {
-    let (norm, own) = (call.norm, call.x.storage.dtype());
-    let sum: CpuStorage = by_dtype!(norm, residual, |R| {
-        by_dtype!(norm, call.x, |T| {
-            let x = forward::source::<T>(level, &norm, &call.x, &None)?;
-            let residual = forward::elements::<R>(&norm, &residual)?;
-            R::to_cpu_storage_owned(forward::add::<T, R>(level, &norm.geometry, &x, residual))
-        })
-    });
-    let wide = match [own, sum.dtype()].contains(&DType::F64) {
-        true => DType::F64,
-        false => DType::F32,
-    };
-    let n = norm.geometry.elements();
-    let cast = |x: &CpuStorage, n: usize, dtype| x.to_dtype(&Layout::contiguous(n), dtype);
-    let x = if sum.dtype() == wide { None } else { Some(cast(&sum, n, wide)?) };
-    let x = Arg { storage: x.as_ref().unwrap_or(&sum), offset: 0 };
-    let norm = Norm { x_blocks: None, ..norm };
-    let normed =
-        <CpuStorage as crate::kernels::Kernels>::forward(Forward { norm, x, residual: None, ..call })?;
-    let stats = normed
-        .stats
-        .map(|stats| cast(&stats, 3 * norm.geometry.sets(), crate::request::accumulation_dtype(own)));
-    Ok(Normed { y: cast(&normed.y, n, own)?, stats: stats.transpose()?, sum: Some(sum) })
-}
-
 // With the emulation, CPU tensors run through the CUDA kernels instead.
 #[cfg(not(feature = "cuda-emulation"))]
 impl crate::kernels::Kernels for CpuStorage {
@@ -122,11 +95,11 @@ impl crate::kernels::Kernels for CpuStorage {
         let samples = |tokens: usize| rows && tokens > 0 && g.outer.is_multiple_of(tokens);
         let blocks = g.rows == 1 || norm.x_blocks.is_none();
         let behind = fusion.activation.is_some() && fusion.gate == Some(Gate::After);
-        // f64 to a half type goes through f32, and so is rounded twice.
-        let types = [Some(x), fusion.residual];
-        let twice = types.contains(&Some(DType::F64))
-            && fusion.residual.is_some_and(|_| types.iter().flatten().any(|t| t.size_in_bytes() == 2));
-        fusion.tokens.is_none_or(samples) && blocks && !behind && !twice
+        // Of another dtype: an f32 stream under half types, of whole sets.
+        let half = x.size_in_bytes() == 2;
+        let stream =
+            |r| r == x || r == DType::F32 && half && g.rows == 1 && tile::Cut::new(g, 4).whole_sets();
+        fusion.tokens.is_none_or(samples) && blocks && !behind && fusion.residual.is_none_or(stream)
     }
 
     fn wrap(self) -> Storage {
@@ -150,15 +123,11 @@ impl crate::kernels::Kernels for CpuStorage {
     fn forward(call: Forward<Self>) -> Result<Normed<Self>> {
         let level = Level::current()?;
         by_dtype!(call.norm, call.x, |T| {
-            if let Some(residual) = call.residual.filter(|r| r.storage.dtype() != T::DTYPE) {
-                return mixed(level, call, residual);
-            }
             let forward::Outcome { y, stats, sum } = forward::forward::<T>(level, &call)?;
             if let (Some(running), Some(stats)) = (call.running, &stats) {
                 running::update(&call.norm, moments::Stats(stats), running)?;
             }
             let stats = stats.filter(|_| call.keep).map(WithDType::to_cpu_storage_owned);
-            let sum = sum.map(WithDType::to_cpu_storage_owned);
             Ok(Normed { y: T::to_cpu_storage_owned(y), stats, sum })
         })
     }

@@ -5,8 +5,9 @@
 //! of its own and is staged, too.
 #![allow(unsafe_code)]
 
-use super::element::{Element, Float, Walked};
+use super::element::{Element, Float};
 use super::level::Level;
+use super::loops::{Conversions, Stored, Walked, Wide};
 use super::tile::Tile;
 use super::view::{same, same_mut, Block, InTile, OutTile};
 use crate::fusion::Activation;
@@ -33,14 +34,14 @@ impl<T: Element> Room<T> {
 }
 
 /// A thread's scratch.
-pub(super) struct Scratch<T: Element> {
+pub(super) struct Scratch<T: Stored> {
     pub x: Room<T>,
     pub dy: Room<T>,
     pub z: Room<T>,
     pub out: Room<T>,
 }
 
-impl<T: Element> Scratch<T> {
+impl<T: Stored> Scratch<T> {
     pub fn new() -> Self {
         Scratch { x: Room::new(), dy: Room::new(), z: Room::new(), out: Room::new() }
     }
@@ -125,7 +126,7 @@ impl<'a, T: Element> Tensor<'a, T> {
     }
 
     fn widen(&self, tile: &Tile, wide: &mut [T::Acc]) {
-        T::conversions(self.level).widen(InTile::new(self.x, self.width, tile).whole(), wide)
+        Conversions::<T>::of(self.level).widen(InTile::new(self.x, self.width, tile).whole(), wide)
     }
 }
 
@@ -139,7 +140,7 @@ pub(super) struct Source<'a, T> {
     pub gate: Option<Tensor<'a, T>>,
 }
 
-impl<'a, T: Element> Source<'a, T> {
+impl<'a, T: Stored> Source<'a, T> {
     /// As it lies.
     pub fn plain(level: Level, x: &'a [T], g: &Geometry) -> Self {
         Source { tensor: Tensor { level, x, width: g.width }, blocks: None, gate: None }
@@ -164,7 +165,7 @@ impl<'a, T: Element> Source<'a, T> {
             return x;
         }
         let wide = room(wide, tile.rows.len() * tile.columns.len());
-        T::conversions(level).widen(x.whole(), wide);
+        Conversions::<T>::of(level).widen(x.whole(), wide);
         if let Some(gate) = &self.gate {
             for (strip, at) in strips(tile) {
                 let n = strip.columns.len();
@@ -177,34 +178,31 @@ impl<'a, T: Element> Source<'a, T> {
     }
 
     /// Writes a tile of `x + residual`, rounded to the residual's type.
-    pub fn add<R: Element>(
+    pub fn add<R: Element<Acc = T::Acc>>(
         &self,
         residual: &Tensor<R>,
         tile: &Tile,
-        Room { wide, gathered, .. }: &mut Room<T>,
+        Room { wide, other, gathered }: &mut Room<T>,
         sum: &mut OutTile<R>,
     ) {
-        let mut other = [R::Acc::ZERO; STRIP];
+        let level = self.tensor.level;
         for (strip, _) in strips(tile) {
             let n = strip.columns.len();
-            let (x, r) = (room(wide, n), &mut other[..n]);
-            T::conversions(self.tensor.level).widen(self.raw(&strip, gathered).whole(), x);
+            let (x, r) = (room(wide, n), room(other, n));
+            Conversions::<T>::of(level).widen(self.raw(&strip, gathered).whole(), x);
             residual.widen(&strip, r);
-            match same::<T::Acc, R::Acc>(x) {
-                Some(x) => R::Acc::fused(residual.level).add(r, x),
-                None => r.iter_mut().zip(x).for_each(|(r, x)| *r = R::Acc::from64(r.to64() + x.to64())),
-            }
-            R::conversions(residual.level).narrow(Block::row_of(r), sum.part(&strip).whole());
+            T::Acc::fused(level).add(x, r);
+            Conversions::<R>::of(level).narrow(Block::row_of(x), sum.part(&strip).whole());
         }
     }
 
     /// Writes a tile of `x + residual`, and reads that as a walk over `W` does.
-    pub fn read_sum<'s, W: Walked<Acc = T::Acc>>(
+    pub fn read_sum<'s, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         &self,
-        residual: &Tensor<T>,
+        residual: &Tensor<R>,
         tile: &'s Tile,
         scratch: &'s mut Room<T>,
-        sum: &'s mut OutTile<T>,
+        sum: &'s mut OutTile<R>,
     ) -> InTile<'s, W> {
         self.add(residual, tile, scratch, sum);
         let Room { wide, .. } = scratch;
@@ -214,7 +212,7 @@ impl<'a, T: Element> Source<'a, T> {
             return sum;
         }
         let wide = room(wide, tile.rows.len() * tile.columns.len());
-        T::conversions(self.tensor.level).widen(sum.whole(), wide);
+        Conversions::<R>::of(self.tensor.level).widen(sum.whole(), wide);
         staged(wide, tile)
     }
 
@@ -251,7 +249,7 @@ pub(super) struct After<'a, T> {
     pub gate: Option<Tensor<'a, T>>,
 }
 
-impl<'a, T: Element> After<'a, T> {
+impl<'a, T: Stored> After<'a, T> {
     pub fn nothing(level: Level) -> Self {
         After { level, skip: None, activation: None, gate: None }
     }
@@ -280,7 +278,7 @@ impl<'a, T: Element> After<'a, T> {
         walk_into(wide, &tile, walk);
         if !self.any() {
             let block = Block::new(wide, tile.columns.len(), tile.rows.len(), tile.columns.len());
-            return T::conversions(self.level).narrow(block, y.whole());
+            return Conversions::<T>::of(self.level).narrow(block, y.whole());
         }
         for (strip, at) in strips(&tile) {
             let z = &mut wide[at..at + strip.columns.len()];
@@ -293,7 +291,7 @@ impl<'a, T: Element> After<'a, T> {
                 gate.widen(&strip, other);
                 T::Acc::fused(self.level).gate(z, other);
             }
-            T::conversions(self.level).narrow(Block::row_of(z), y.part(&strip).whole());
+            Conversions::<T>::of(self.level).narrow(Block::row_of(z), y.part(&strip).whole());
         }
     }
 
@@ -321,7 +319,7 @@ impl<'a, T: Element> After<'a, T> {
         if self.activation.is_some() || self.gate.is_some() {
             walk_into(z, tile, walk);
         }
-        let (fused, conversions) = (T::Acc::fused(self.level), T::conversions(self.level));
+        let (fused, conversions) = (T::Acc::fused(self.level), Conversions::<T>::of(self.level));
         for (strip, at) in strips(tile) {
             let (z, dy) = (&mut z[at..at + strip.columns.len()], &mut wide[at..at + strip.columns.len()]);
             self.add_skip(&strip, z, other);
@@ -353,7 +351,7 @@ fn walk_into<A: Float, W: Walked<Acc = A>>(wide: &mut [A], tile: &Tile, walk: im
 }
 
 /// Has `walk` write the gradient of `x * silu(gate)`, and makes of it those of x and of the gate.
-pub(super) fn gated_gradient<T: Element, W: Walked<Acc = T::Acc>>(
+pub(super) fn gated_gradient<T: Stored, W: Walked<Acc = T::Acc>>(
     x: &Source<T>,
     gate: &Tensor<T>,
     [mut dx, dgate]: [OutTile<T>; 2],
@@ -363,7 +361,7 @@ pub(super) fn gated_gradient<T: Element, W: Walked<Acc = T::Acc>>(
     let (level, tile, mut dgate) = (gate.level, dx.tile().clone(), dgate);
     let wide = room(wide, tile.rows.len() * tile.columns.len());
     walk_into(wide, &tile, walk);
-    let conversions = T::conversions(level);
+    let conversions = Conversions::<T>::of(level);
     for (strip, at) in strips(&tile) {
         let n = strip.columns.len();
         let (x_strip, gate_strip) = room(other, 2 * n).split_at_mut(n);

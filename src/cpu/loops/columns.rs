@@ -6,7 +6,7 @@
 
 use super::get;
 use super::sums::splat;
-use crate::cpu::element::{Element, Float, Walked, V};
+use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::Block;
 
@@ -44,7 +44,7 @@ fn of_vector(k: usize, w: usize, n: usize) -> usize {
 }
 
 #[inline(always)]
-pub(super) fn moments<S: Simd, T: Walked>(
+pub(super) fn moments<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     pivot: Option<&[T::Acc]>,
@@ -119,7 +119,7 @@ fn spilled<S: Simd, T: Element, const K: usize>(v: [V<S, T>; K]) -> [T::Acc; WID
 }
 
 #[inline(always)]
-pub(super) fn dots<S: Simd, T: Walked>(
+pub(super) fn dots<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,

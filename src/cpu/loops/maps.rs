@@ -3,7 +3,7 @@
 
 use super::sums::splat;
 use super::{each_vector, get, pairwise, put};
-use crate::cpu::element::{Element, Walked, V};
+use crate::cpu::element::{Element, V};
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::{Block, To};
 
@@ -17,7 +17,7 @@ fn of_row<C>(constants: &[C], per_row: usize, r: usize) -> &[C] {
 }
 
 #[inline(always)]
-pub(super) fn scale_runs<S: Simd, T: Walked>(
+pub(super) fn scale_runs<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     mut y: To<T>,
@@ -59,7 +59,7 @@ pub(super) fn scale_runs<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn scale_columns<S: Simd, T: Walked>(
+pub(super) fn scale_columns<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     mut y: To<T>,
@@ -99,7 +99,7 @@ pub(super) fn scale_columns<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn scale_each<S: Simd, T: Walked>(
+pub(super) fn scale_each<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     mut y: To<T>,
@@ -136,7 +136,7 @@ pub(super) fn scale_each<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn gradient_runs<S: Simd, T: Walked>(
+pub(super) fn gradient_runs<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,
@@ -182,7 +182,7 @@ pub(super) fn gradient_runs<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn gradient_columns<S: Simd, T: Walked>(
+pub(super) fn gradient_columns<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,
@@ -213,7 +213,7 @@ pub(super) fn gradient_columns<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn gradient_each<S: Simd, T: Walked>(
+pub(super) fn gradient_each<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,

@@ -15,7 +15,7 @@ mod fused;
 mod maps;
 mod sums;
 
-use super::element::{Element, Float, Walked, V};
+use super::element::{Element, Float, V};
 use super::level::Level;
 use super::moments::Stat;
 #[cfg(target_arch = "x86_64")]
@@ -23,6 +23,7 @@ use super::vector::{Avx2, Avx512};
 use super::vector::{Portable, Simd, Vector};
 use super::view::{Block, To};
 use crate::fusion::Activation;
+use half::{bf16, f16};
 
 /// A table of loops: their names, bodies and arguments, and the constructors of the levels' tables.
 macro_rules! table {
@@ -118,7 +119,7 @@ const fn width<S: Simd, T: Element>() -> usize {
 
 table! {
     /// Loops over elements of a type that kernels walk.
-    Loops<T: Walked> {
+    Loops<T: Element> {
         /// Mean of a block, as an offset from `pivot` where it is centred, and the squared distances from it.
         moments = sums::moments, (x: Block<T>, pivot: Option<T::Acc>) -> (Stat<T::Acc>, T::Acc);
         /// Statistics of every row, which is short.
@@ -199,6 +200,52 @@ table! {
         /// The gradients of `z * silu(gate)`: the gate's in z, that of z in dy.
         gate_gradient = fused::gate_gradient, (z: &mut [T], gate: &[T], dy: &mut [T]);
     }
+}
+
+/// A type that kernels walk as it is. f16 is not: it is widened into f32 tile by tile.
+pub(super) trait Walked: Element {
+    fn loops(level: Level) -> &'static Loops<Self>;
+}
+
+/// A type of tensors.
+pub(super) trait Stored: Element<Acc: Wide> {
+    /// What it is walked as.
+    type Walk: Walked<Acc = Self::Acc>;
+}
+
+/// A type that sums are made in, and scratch is of.
+pub(super) trait Wide: Float + Walked {
+    fn fused(level: Level) -> &'static Fused<Self>;
+}
+
+macro_rules! loops_of {
+    ($t:ty, $of:ident) => {
+        impl Walked for $t {
+            fn loops(level: Level) -> &'static Loops<$t> {
+                Loops::$of(level)
+            }
+        }
+        impl Stored for $t {
+            type Walk = $t;
+        }
+    };
+    ($t:ty, $of:ident, wide) => {
+        loops_of!($t, $of);
+        impl Wide for $t {
+            fn fused(level: Level) -> &'static Fused<$t> {
+                Fused::$of(level)
+            }
+        }
+    };
+}
+
+loops_of!(f32, of, wide);
+// AVX2's at AVX-512, too: f64 is not worth more code.
+loops_of!(f64, of_at_most_avx2, wide);
+loops_of!(bf16, of);
+
+impl Stored for f16 {
+    type Walk = f32;
 }
 
 /// `$body` for every vector of `0..$n`: `$at`, and `$k` elements of it that exist, at most `$w`.

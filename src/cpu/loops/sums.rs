@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use super::{each_vector, get, pairwise, put};
-use crate::cpu::element::{Element, Float, Walked, V};
+use crate::cpu::element::{Element, Float, V};
 use crate::cpu::moments::Stat;
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::Block;
@@ -63,7 +63,7 @@ macro_rules! pairwise_in_turn {
 }
 
 #[inline(always)]
-pub(super) fn moments<S: Simd, T: Walked>(
+pub(super) fn moments<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     pivot: Option<T::Acc>,
@@ -140,7 +140,12 @@ macro_rules! abreast {
 }
 
 #[inline(always)]
-pub(super) fn short_moments<S: Simd, T: Walked>(s: S, x: Block<T>, center: bool, stats: &mut [Stat<T::Acc>]) {
+pub(super) fn short_moments<S: Simd, T: Element>(
+    s: S,
+    x: Block<T>,
+    center: bool,
+    stats: &mut [Stat<T::Acc>],
+) {
     abreast!(x.rows, |r, R| some_moments::<S, T, R>(s, x.part(r, R), center, &mut stats[r..r + R]))
 }
 
@@ -219,7 +224,7 @@ fn some_moments<S: Simd, T: Element, const R: usize>(
 }
 
 #[inline(always)]
-pub(super) fn run_sums<S: Simd, T: Walked>(
+pub(super) fn run_sums<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     run: usize,
@@ -252,7 +257,7 @@ pub(super) fn run_sums<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn fold<S: Simd, T: Walked>(s: S, lanes: &[T::Acc], sums: &mut [T::Acc]) {
+pub(super) fn fold<S: Simd, T: Element>(s: S, lanes: &[T::Acc], sums: &mut [T::Acc]) {
     let w = V::<S, T>::W;
     assert!(sums.len() * w <= lanes.len());
     for (i, sum) in sums.iter_mut().enumerate() {
@@ -262,7 +267,7 @@ pub(super) fn fold<S: Simd, T: Walked>(s: S, lanes: &[T::Acc], sums: &mut [T::Ac
 }
 
 #[inline(always)]
-pub(super) fn dots<S: Simd, T: Walked>(
+pub(super) fn dots<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,
@@ -324,7 +329,7 @@ pub(super) fn dots<S: Simd, T: Walked>(
 }
 
 #[inline(always)]
-pub(super) fn short_dots<S: Simd, T: Walked>(
+pub(super) fn short_dots<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,
@@ -376,7 +381,7 @@ fn some_dots<S: Simd, T: Element, const R: usize>(
 }
 
 #[inline(always)]
-pub(super) fn run_dots<S: Simd, T: Walked>(
+pub(super) fn run_dots<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,
@@ -411,7 +416,7 @@ pub(super) fn run_dots<S: Simd, T: Walked>(
 /// Several rows at once, so that a sum is not stored by one and awaited by the next; and apart from dx, whose
 /// stores would take turns in as many places.
 #[inline(always)]
-pub(super) fn add_columns<S: Simd, T: Walked>(
+pub(super) fn add_columns<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,
@@ -463,7 +468,7 @@ fn add_some_columns<S: Simd, T: Element, const R: usize>(
 }
 
 #[inline(always)]
-pub(super) fn add_rows<S: Simd, T: Walked>(
+pub(super) fn add_rows<S: Simd, T: Element>(
     s: S,
     x: Block<T>,
     dy: Block<T>,

@@ -1,8 +1,8 @@
 //! The functions in vectors against f64: exhaustively by hand, in strides always.
 
-use crate::cpu::element::Float;
 use crate::cpu::functions::{slope_f64, value_f64};
 use crate::cpu::level::Level;
+use crate::cpu::loops::Wide;
 use crate::fusion::Activation;
 
 const ALL: [Activation; 8] = [

@@ -2,8 +2,8 @@
 
 use super::kernels::*;
 use super::oracle;
-use crate::cpu::element::Element;
 use crate::cpu::level::Level;
+use crate::cpu::loops::Stored;
 use crate::cpu::{backward, forward};
 use crate::fusion::{Activation, Fusion, Gate};
 use crate::geometry::{Affine, Geometry};
@@ -169,7 +169,7 @@ fn without_corners<T: WithDType>(case: &mut Case, skip: bool) {
     case.storages[DY] = T::to_cpu_storage_owned(dy.iter().map(|dy| T::from_f64(*dy)).collect());
 }
 
-fn check<T: Element>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
+fn check<T: Stored>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
     let mut case = Case::new::<T>(g, fusion);
     without_corners::<T>(&mut case, skip);
     // With the feature the kernels of `CpuStorage` are the emulated ones.
@@ -187,7 +187,10 @@ fn check<T: Element>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
     let (u, w) = (case.input(), case.weight());
     let dz: Vec<f64> = case.exact[DY].iter().zip(&slope).map(|(dy, slope)| dy * slope).collect();
     let stats = T::Acc::to_cpu_storage_owned(outcome.stats.unwrap());
-    for fixed in [false, true] {
+    // What is not asked for, and the ways that its absence opens.
+    for [fixed, tensors, params] in
+        [[false, true, true], [true; 3], [false, true, false], [false, false, true]]
+    {
         let [du, dw, db] = case.by_sample(|g, e, p| {
             let stats = oracle::statistics(g, &u[e.clone()]);
             oracle::backward(g, EPS, &u[e.clone()], &dz[e], &stats, &w[p], fixed)
@@ -205,11 +208,11 @@ fn check<T: Element>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
             })
             .collect();
         let want = Want {
-            dx: true,
-            dweight: Some(DType::F64),
-            dbias: Some(DType::F64),
-            dskip: skip,
-            dgate: fusion.gate.is_some(),
+            dx: tensors,
+            dweight: params.then_some(DType::F64),
+            dbias: params.then_some(DType::F64),
+            dskip: tensors && skip,
+            dgate: tensors && fusion.gate.is_some(),
         };
         let forward = case.call(skip);
         let call = Backward {
@@ -228,17 +231,15 @@ fn check<T: Element>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
         let one = 2.0 * (tolerance::<T>() + sum_tolerance::<T>(1));
         let sums = 2.0 * sum_tolerance::<T>(per_param);
         let all = [
-            ("dx", got.dx, &dx, one, terms(&dx)),
-            ("dweight", got.dweight, &dw, sums, largest(&dw).max(walk)),
-            ("dbias", got.dbias, &db, sums, largest(&db).max(walk)),
-            ("dskip", got.dskip.filter(|_| skip), &dz, one, terms(&dz)),
-            ("dgate", got.dgate, &dgate, one, terms(&dgate)),
+            ("dx", want.dx, got.dx, &dx, one, terms(&dx)),
+            ("dweight", params, got.dweight, &dw, sums, largest(&dw).max(walk)),
+            ("dbias", params, got.dbias, &db, sums, largest(&db).max(walk)),
+            ("dskip", want.dskip, got.dskip, &dz, one, terms(&dz)),
+            ("dgate", want.dgate, got.dgate, &dgate, one, terms(&dgate)),
         ];
-        for (name, got, expected, limit, scale) in all {
-            let Some(got) = got else {
-                assert!(name == "dskip" && !skip || name == "dgate" && fusion.gate.is_none(), "{name}");
-                continue;
-            };
+        for (name, wanted, got, expected, limit, scale) in all {
+            assert_eq!(got.is_some(), wanted, "{}", what(name));
+            let Some(got) = got else { continue };
             // Finite differences of the oracle's slopes are good to about 1e-9.
             let (error, limit) = (worst(&to64(&got), expected, scale), limit + 2e-8);
             assert!(error < limit, "{}: {error:e} > {limit:e}", what(&format!("{name} (fixed {fixed})")));
@@ -262,8 +263,17 @@ pub(super) fn everywhere(fusion: Fusion, skip: bool) {
 #[test]
 fn activations() {
     use Activation::*;
-    for activation in [Relu, Relu6, LeakyRelu(0.1), Silu, Sigmoid, HardSwish, Gelu, GeluTanh] {
-        everywhere(Fusion { activation: Some(activation), ..Fusion::default() }, false);
+    let fusion = |activation| Fusion { activation: Some(activation), ..Fusion::default() };
+    everywhere(fusion(Silu), false);
+    // The walks do not see which it is.
+    for activation in [Relu, Relu6, LeakyRelu(0.1), Sigmoid, HardSwish, Gelu, GeluTanh] {
+        for (level, g) in
+            Level::available().into_iter().flat_map(|l| shapes().into_iter().take(3).map(move |g| (l, g)))
+        {
+            check::<f32>(level, g, fusion(activation), false);
+            check::<bf16>(level, g, fusion(activation), false);
+            check::<f64>(level, g, fusion(activation), false);
+        }
     }
 }
 
@@ -306,7 +316,7 @@ fn parameters_of_samples() {
 }
 
 /// The sum is rounded, and normalized as if it had been there.
-fn residual<T: Element>(level: Level, g: Geometry) {
+fn residual<T: Stored>(level: Level, g: Geometry) {
     let case = Case::new::<T>(g, Fusion::default());
     let call = Forward { residual: Some(arg(&case.storages[RESIDUAL])), ..case.call(false) };
     let fused = forward::forward::<T>(level, &call).unwrap();
@@ -316,8 +326,8 @@ fn residual<T: Element>(level: Level, g: Geometry) {
         .map(|(x, r)| T::narrow(T::from_f64(*x).widen() + T::from_f64(*r).widen()))
         .collect();
     let what = format!("{} of {:?}, {g:?}", level.name(), T::DTYPE);
-    assert!(fused.sum.as_deref() == Some(&sum[..]), "sum at {what}");
     let sum = T::to_cpu_storage_owned(sum);
+    assert!(to64(&fused.sum.unwrap()) == to64(&sum), "sum at {what}");
     let plain = forward::forward::<T>(level, &Forward { x: arg(&sum), ..case.call(false) }).unwrap();
     assert!(fused.y == plain.y && fused.stats == plain.stats, "y at {what}");
 }
@@ -334,25 +344,36 @@ fn residuals() {
     }
 }
 
-/// bf16 in an f32 stream, and the other way round.
+/// Half types in an f32 stream: the sum is f32's, and y is that of the sum, rounded once.
+fn stream<T: Stored<Acc = f32>>(level: Level, g: Geometry) {
+    let (case, wide) = (Case::new::<T>(g, Fusion::default()), Case::new::<f32>(g, Fusion::default()));
+    let residual = Some(arg(&wide.storages[RESIDUAL]));
+    let normed = forward::forward::<T>(level, &Forward { residual, ..case.call(false) }).unwrap();
+    let both = case.exact[X].iter().zip(&wide.exact[RESIDUAL]);
+    let sum = CpuStorage::F32(both.map(|(x, r)| *x as f32 + *r as f32).collect());
+    assert!(to64(&normed.sum.unwrap()) == to64(&sum));
+    let plain = forward::forward::<f32>(level, &Forward { x: arg(&sum), ..case.call(false) }).unwrap();
+    let rounded: Vec<T> = plain.y.into_iter().map(T::narrow).collect();
+    assert!(normed.y == rounded && normed.stats == plain.stats, "{g:?} at {}", level.name());
+}
+
 #[test]
 #[cfg(not(feature = "cuda-emulation"))] // which has kernels of its own for `CpuStorage`
 fn residuals_of_another_type() {
-    let g = geometry(24, 1, 70, 70, span(1));
-    let all = [Case::new::<bf16>(g, Fusion::default()), Case::new::<f32>(g, Fusion::default())];
-    for [a, b] in [[0, 1], [1, 0]] {
-        let (case, residual) = (&all[a], &all[b].storages[RESIDUAL]);
-        let call = Forward { residual: Some(arg(residual)), ..case.call(false) };
-        let normed = <CpuStorage as Kernels>::forward(call).unwrap();
-        let dtype = |s: &CpuStorage| candle_core::backend::BackendStorage::dtype(s);
-        assert_eq!(dtype(normed.sum.as_ref().unwrap()), dtype(residual));
-        assert_eq!(dtype(&normed.y), dtype(&case.storages[X]));
-        let sum = to64(normed.sum.as_ref().unwrap());
-        let stats = oracle::statistics(&g, &sum);
-        let expected = oracle::forward(&g, EPS, &sum, &stats, &case.exact[W], &case.exact[B]);
-        let error = worst(&to64(&normed.y), &expected, largest(&expected));
-        assert!(error < if a == 0 { tolerance::<bf16>() } else { tolerance::<f32>() }, "{error:e}");
+    let takes = |x: DType, residual: DType, n: usize| {
+        let fusion = Fusion { residual: Some(residual), ..Fusion::default() };
+        let norm = Norm { fusion, ..Norm::new("test", geometry(24, 1, n, n, span(1)), EPS) };
+        <CpuStorage as Kernels>::fuses(&norm, x)
+    };
+    for level in Level::available() {
+        for g in [geometry(24, 1, 70, 70, span(1)), geometry(65, 1, 3001, 3001, span(1))] {
+            stream::<bf16>(level, g);
+            stream::<f16>(level, g);
+        }
     }
+    assert!(takes(DType::BF16, DType::F32, 70) && !takes(DType::BF16, DType::F32, 500_000));
+    // Rounded to f32 on the way, and so twice.
+    assert!(!takes(DType::F64, DType::BF16, 70) && !takes(DType::F16, DType::F64, 70));
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! Forward and backward at every level against the oracle.
 
 use super::oracle;
-use crate::cpu::element::Element;
 use crate::cpu::level::Level;
+use crate::cpu::loops::Stored;
 use crate::cpu::{backward, forward};
 use crate::geometry::{Affine, Geometry};
 use crate::request::{Arg, Backward, Forward, Norm, Want};
@@ -83,7 +83,7 @@ fn large() -> Vec<Geometry> {
     ]
 }
 
-struct Case<T: Element> {
+struct Case<T: Stored> {
     norm: Norm,
     x: CpuStorage,
     dy: CpuStorage,
@@ -107,7 +107,7 @@ pub(super) fn random<T: WithDType>(
     (T::to_cpu_storage_owned(v), exact)
 }
 
-impl<T: Element> Case<T> {
+impl<T: Stored> Case<T> {
     fn new(geometry: Geometry, mean: f64, std: f64) -> Self {
         Self::with_params::<T::Acc>(geometry, mean, std)
     }
@@ -186,19 +186,19 @@ pub(super) fn unit(dtype: DType) -> f64 {
 
 /// Some tens of roundings in the accumulation type; for f64 the oracle's own on top, which does not
 /// keep its means to more than f64.
-pub(super) fn noise<T: Element>() -> f64 {
+pub(super) fn noise<T: Stored>() -> f64 {
     let oracle = if T::DTYPE == DType::F64 { 400.0 } else { 0.0 };
     (40.0 + oracle) * unit(T::Acc::DTYPE)
 }
 
 /// One rounding to T, and the noise.
-pub(super) fn tolerance<T: Element>() -> f64 {
+pub(super) fn tolerance<T: Stored>() -> f64 {
     1.01 * unit(T::DTYPE) + noise::<T>()
 }
 
 /// Sums of n terms in lanes and panels: the error grows like a random walk; in f64 it is rather the
 /// oracle's, which sums one by one.
-pub(super) fn sum_tolerance<T: Element>(n: usize) -> f64 {
+pub(super) fn sum_tolerance<T: Stored>(n: usize) -> f64 {
     let growth = if T::DTYPE == DType::F64 { n as f64 } else { 4.0 * (n as f64).sqrt() };
     noise::<T>() + growth * unit(T::Acc::DTYPE)
 }
@@ -206,7 +206,7 @@ pub(super) fn sum_tolerance<T: Element>(n: usize) -> f64 {
 const ALL: Want =
     Want { dx: true, dweight: Some(DType::F64), dbias: Some(DType::F64), dskip: false, dgate: false };
 
-fn check<T: Element>(level: Level, mut g: Geometry, center: bool) {
+fn check<T: Stored>(level: Level, mut g: Geometry, center: bool) {
     g.center = center;
     let c = Case::<T>::new(g, 0.5, 2.0);
     let [x, dy, w, b] = &c.exact;
@@ -244,7 +244,7 @@ fn check<T: Element>(level: Level, mut g: Geometry, center: bool) {
     }
 }
 
-fn check_all<T: Element>(shapes: &[Geometry]) {
+fn check_all<T: Stored>(shapes: &[Geometry]) {
     for level in Level::available() {
         shapes.iter().for_each(|g| check::<T>(level, *g, true));
     }
@@ -313,7 +313,7 @@ fn elements<T: WithDType>(storage: &CpuStorage) -> Vec<T> {
     T::cpu_storage_as_slice(storage).unwrap().to_vec()
 }
 
-fn not_finite<T: Element>(g: Geometry) {
+fn not_finite<T: Stored>(g: Geometry) {
     let clean = Case::<T>::new(g, 0.5, 2.0);
     let mut dirty = Case::<T>::new(g, 0.5, 2.0);
     let (mut x, mut dy) = (elements::<T>(&dirty.x), elements::<T>(&dirty.dy));

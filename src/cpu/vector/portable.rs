@@ -4,7 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::{Convert, Functions, Simd, Vector};
-use crate::cpu::element::{Element, Float};
+use crate::cpu::scalar::{Number, Real};
 use std::array::from_fn;
 use std::ops::{Add, Mul, Sub};
 
@@ -28,7 +28,7 @@ pub(in crate::cpu) struct Lanes<A, const W: usize>([A; W]);
 
 macro_rules! operator {
     ($trait:ident, $method:ident, $operator:tt) => {
-        impl<A: Float, const W: usize> $trait for Lanes<A, W> {
+        impl<A: Real, const W: usize> $trait for Lanes<A, W> {
             type Output = Self;
             #[inline(always)]
             fn $method(self, other: Self) -> Self {
@@ -41,7 +41,7 @@ operator!(Add, add, +);
 operator!(Sub, sub, -);
 operator!(Mul, mul, *);
 
-impl<A: Float, const W: usize> Vector<Portable, A> for Lanes<A, W> {
+impl<A: Real, const W: usize> Vector<Portable, A> for Lanes<A, W> {
     const W: usize = W;
 
     #[inline(always)]
@@ -95,11 +95,11 @@ impl Functions<Portable> for Lanes<f32, 4> {
 }
 
 // SAFETY of the blocks below: the caller's, for the elements that the method names.
-impl<T: Element<Acc = A>, A: Float, const W: usize> Convert<Portable, T, A> for Lanes<A, W> {
+impl<T: Number<A>, A: Real, const W: usize> Convert<Portable, T, A> for Lanes<A, W> {
     #[inline(always)]
     unsafe fn load(_: Portable, p: *const T) -> Self {
         // SAFETY: as above.
-        Lanes(from_fn(|l| unsafe { p.add(l).read() }.widen()))
+        Lanes(from_fn(|l| unsafe { p.add(l).read() }.wide()))
     }
 
     #[inline(always)]
@@ -113,7 +113,7 @@ impl<T: Element<Acc = A>, A: Float, const W: usize> Convert<Portable, T, A> for 
         let mut lanes = [A::ZERO; W];
         for (l, lane) in lanes.iter_mut().enumerate().take(n) {
             // SAFETY: as above.
-            *lane = unsafe { p.add(l).read() }.widen();
+            *lane = unsafe { p.add(l).read() }.wide();
         }
         Lanes(lanes)
     }
@@ -122,7 +122,7 @@ impl<T: Element<Acc = A>, A: Float, const W: usize> Convert<Portable, T, A> for 
     unsafe fn store(self, p: *mut T, _: bool) {
         for (l, x) in self.0.into_iter().enumerate() {
             // SAFETY: as above.
-            unsafe { p.add(l).write(T::narrow(x)) };
+            unsafe { p.add(l).write(T::rounded(x)) };
         }
     }
 
@@ -139,7 +139,7 @@ impl<T: Element<Acc = A>, A: Float, const W: usize> Convert<Portable, T, A> for 
     unsafe fn store_part(self, p: *mut T, n: usize) {
         for (l, x) in self.0.into_iter().enumerate().take(n) {
             // SAFETY: as above.
-            unsafe { p.add(l).write(T::narrow(x)) };
+            unsafe { p.add(l).write(T::rounded(x)) };
         }
     }
 }

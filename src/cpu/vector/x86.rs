@@ -158,46 +158,101 @@ fn first(n: usize) -> u32 {
     (1 << n) - 1
 }
 
-/// All bits of the first `n` of 8 lanes.
-///
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn first8(n: usize) -> __m256i {
-    // SAFETY: called within AVX2 or wider.
-    unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+/// Functions that a level's instructions make, and that are inlined where it has them.
+macro_rules! helpers {
+    ($($(#[$doc:meta])* fn $name:ident($($arg:ident: $type:ty),*) $(-> $return:ty)? $body:block)*) => {
+        $($(#[$doc])*
+        ///
+        /// # Safety
+        /// The machine has the instructions; there is room at pointers, aligned to 16 bytes.
+        #[inline(always)]
+        unsafe fn $name($($arg: $type),*) $(-> $return)? {
+            // SAFETY: the caller's.
+            unsafe { $body }
+        })*
+    };
 }
 
-/// All bits of the first `n` of 4 lanes.
-///
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn first4(n: usize) -> __m256i {
-    // SAFETY: called within AVX2 or wider.
-    unsafe { _mm256_cmpgt_epi64(_mm256_set1_epi64x(n as i64), _mm256_setr_epi64x(0, 1, 2, 3)) }
-}
+helpers! {
+    /// All bits of the first `n` of 8 lanes.
+    fn first8(n: usize) -> __m256i { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
 
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn sum8(s: __m256) -> f32 {
-    // SAFETY: called within AVX2 or wider.
-    unsafe {
+    /// All bits of the first `n` of 4 lanes.
+    fn first4(n: usize) -> __m256i { _mm256_cmpgt_epi64(_mm256_set1_epi64x(n as i64), _mm256_setr_epi64x(0, 1, 2, 3)) }
+
+    fn sum8(s: __m256) -> f32 {
         let s = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps::<1>(s));
         let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
         _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)))
     }
-}
 
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn sum4(s: __m256d) -> f64 {
-    // SAFETY: called within AVX2 or wider.
-    unsafe {
+    fn sum4(s: __m256d) -> f64 {
         let s = _mm_add_pd(_mm256_castpd256_pd128(s), _mm256_extractf128_pd::<1>(s));
         _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)))
+    }
+
+    /// In pieces of 16 bytes, as allocators align: the processor puts lines together again.
+    fn stream256(p: *mut __m128i, v: __m256i) {
+        _mm_stream_si128(p, _mm256_castsi256_si128(v));
+        _mm_stream_si128(p.add(1), _mm256_extracti128_si256::<1>(v));
+    }
+
+    fn stream512(p: *mut __m128i, v: __m512i) {
+        _mm_stream_si128(p, _mm512_castsi512_si128(v));
+        _mm_stream_si128(p.add(1), _mm512_extracti32x4_epi32::<1>(v));
+        _mm_stream_si128(p.add(2), _mm512_extracti32x4_epi32::<2>(v));
+        _mm_stream_si128(p.add(3), _mm512_extracti32x4_epi32::<3>(v));
+    }
+
+    fn bf16_wide16(x: __m256i) -> __m512 { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))) }
+
+    fn bf16_wide8(x: __m128i) -> __m256 { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
+
+    fn bf16_parted16(x: __m512i) -> (__m512, __m512) {
+        let odd = _mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000u32 as i32));
+        (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)), _mm512_castsi512_ps(odd))
+    }
+
+    fn bf16_parted8(x: __m256i) -> (__m256, __m256) {
+        let odd = _mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32));
+        (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)), _mm256_castsi256_ps(odd))
+    }
+
+    /// To nearest, ties to even, in the upper halves; NaN stays NaN (`element.rs` has the same in scalars). Not
+    /// the processor's own conversion, which takes subnormals for zero.
+    fn bf16_rounded16(x: __m512) -> __m512i {
+        let bits = _mm512_castps_si512(x);
+        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
+        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000))
+    }
+
+    fn bf16_rounded8(x: __m256) -> __m256i {
+        let bits = _mm256_castps_si256(x);
+        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+        _mm256_blendv_epi8(rounded, quiet, nan)
+    }
+
+    fn bf16_narrow16(x: __m512) -> __m256i { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bf16_rounded16(x))) }
+
+    fn bf16_narrow8(x: __m256) -> __m128i {
+        let high = _mm256_srli_epi32::<16>(bf16_rounded8(x));
+        // Packing works within each half of the register.
+        _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high))
+    }
+
+    fn bf16_joined16(even: __m512, odd: __m512) -> __m512i {
+        let even = _mm512_srli_epi32::<16>(bf16_rounded16(even));
+        _mm512_mask_blend_epi16(0xaaaa_aaaa, even, bf16_rounded16(odd))
+    }
+
+    fn bf16_joined8(even: __m256, odd: __m256) -> __m256i {
+        let even = _mm256_srli_epi32::<16>(bf16_rounded8(even));
+        _mm256_blend_epi16::<0xaa>(even, bf16_rounded8(odd))
     }
 }
 
@@ -353,147 +408,8 @@ past |p, a, b| {
     _mm_stream_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(b))
 } }
 
-/// In pieces of 16 bytes, as allocators align: the processor puts lines together again.
-///
-/// # Safety
-/// Room for as many bytes, aligned to 16; the level's instructions exist.
-#[inline(always)]
-unsafe fn stream256(p: *mut __m128i, v: __m256i) {
-    // SAFETY: the caller's: room for 32 bytes, aligned to 16; called within AVX2 or wider.
-    unsafe {
-        _mm_stream_si128(p, _mm256_castsi256_si128(v));
-        _mm_stream_si128(p.add(1), _mm256_extracti128_si256::<1>(v));
-    }
-}
-
-///
-/// # Safety
-/// Room for as many bytes, aligned to 16; the level's instructions exist.
-#[inline(always)]
-unsafe fn stream512(p: *mut __m128i, v: __m512i) {
-    // SAFETY: the caller's: room for 64 bytes, aligned to 16; called within AVX-512.
-    unsafe {
-        _mm_stream_si128(p, _mm512_castsi512_si128(v));
-        _mm_stream_si128(p.add(1), _mm512_extracti32x4_epi32::<1>(v));
-        _mm_stream_si128(p.add(2), _mm512_extracti32x4_epi32::<2>(v));
-        _mm_stream_si128(p.add(3), _mm512_extracti32x4_epi32::<3>(v));
-    }
-}
-
 /// Ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_wide16(x: __m256i) -> __m512 {
-    // SAFETY: called within AVX-512.
-    unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))) }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_wide8(x: __m128i) -> __m256 {
-    // SAFETY: called within AVX2.
-    unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_parted16(x: __m512i) -> (__m512, __m512) {
-    // SAFETY: called within AVX-512.
-    unsafe {
-        let odd = _mm512_and_si512(x, _mm512_set1_epi32(0xffff_0000u32 as i32));
-        (_mm512_castsi512_ps(_mm512_slli_epi32::<16>(x)), _mm512_castsi512_ps(odd))
-    }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_parted8(x: __m256i) -> (__m256, __m256) {
-    // SAFETY: called within AVX2.
-    unsafe {
-        let odd = _mm256_and_si256(x, _mm256_set1_epi32(0xffff_0000u32 as i32));
-        (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)), _mm256_castsi256_ps(odd))
-    }
-}
-
-/// To nearest, ties to even, in the upper halves; NaN stays NaN (`element.rs` has the same in scalars). Not
-/// the processor's own conversion, which takes subnormals for zero.
-///
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_rounded16(x: __m512) -> __m512i {
-    // SAFETY: called within AVX-512.
-    unsafe {
-        let bits = _mm512_castps_si512(x);
-        let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
-        let rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd);
-        let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
-        _mm512_mask_or_epi32(rounded, nan, bits, _mm512_set1_epi32(0x40_0000))
-    }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_rounded8(x: __m256) -> __m256i {
-    // SAFETY: called within AVX2.
-    unsafe {
-        let bits = _mm256_castps_si256(x);
-        let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
-        let rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
-        let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
-        let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
-        _mm256_blendv_epi8(rounded, quiet, nan)
-    }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_narrow16(x: __m512) -> __m256i {
-    // SAFETY: called within AVX-512.
-    unsafe { _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(bf16_rounded16(x))) }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_narrow8(x: __m256) -> __m128i {
-    // SAFETY: called within AVX2.
-    unsafe {
-        let high = _mm256_srli_epi32::<16>(bf16_rounded8(x));
-        // Packing works within each half of the register.
-        _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256::<1>(high))
-    }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_joined16(even: __m512, odd: __m512) -> __m512i {
-    // SAFETY: called within AVX-512.
-    unsafe {
-        let even = _mm512_srli_epi32::<16>(bf16_rounded16(even));
-        _mm512_mask_blend_epi16(0xaaaa_aaaa, even, bf16_rounded16(odd))
-    }
-}
-
-/// # Safety
-/// The level's instructions exist.
-#[inline(always)]
-unsafe fn bf16_joined8(even: __m256, odd: __m256) -> __m256i {
-    // SAFETY: called within AVX2.
-    unsafe {
-        let even = _mm256_srli_epi32::<16>(bf16_rounded8(even));
-        _mm256_blend_epi16::<0xaa>(even, bf16_rounded8(odd))
-    }
-}
 
 /// The first `n <= 8` of 16-bit elements: AVX2 has no masks for them.
 ///

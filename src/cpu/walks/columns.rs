@@ -4,10 +4,10 @@
 //! Rows shorter than a few vectors are folded: `k` rows are walked as one of `k` times the columns.
 
 use crate::cpu::affine::Form;
-use crate::cpu::element::{Element, Float, Walked, PANEL};
+use crate::cpu::element::{Element, Float, PANEL};
 use crate::cpu::gradient::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::kernel::{Backward, Forward, Input, Partial, PartialSums};
-use crate::cpu::loops::Loops;
+use crate::cpu::loops::{Loops, Walked};
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::tile::Tile;
 use crate::cpu::view::{Block, InTile, OutTile, To};

@@ -6,8 +6,8 @@ mod runs;
 mod sets;
 mod spans;
 
-use super::element::Walked;
 use super::kernel::{Backward, Forward, Partial, PartialSums};
+use super::loops::Walked;
 use super::plan::Walk;
 
 /// Tells the tests that a walk runs.

@@ -5,9 +5,10 @@
 
 use super::spans;
 use crate::cpu::affine::Form;
-use crate::cpu::element::{Float, Walked, PANEL};
+use crate::cpu::element::{Float, PANEL};
 use crate::cpu::gradient::{InputGradient, Means, MeansFrom};
 use crate::cpu::kernel::{pivot, Backward, Forward, Part};
+use crate::cpu::loops::Walked;
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::tile::Tile;
 use crate::geometry::Geometry;

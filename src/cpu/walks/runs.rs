@@ -5,9 +5,10 @@
 
 use super::{sets, spans};
 use crate::cpu::affine::Form;
-use crate::cpu::element::{Float, Walked};
+use crate::cpu::element::Float;
 use crate::cpu::gradient::{InputGradient, MeansFrom};
 use crate::cpu::kernel::{pivot, Backward, Forward, Part};
+use crate::cpu::loops::Walked;
 use crate::cpu::moments::{Source, Stat};
 use crate::geometry::Geometry;
 

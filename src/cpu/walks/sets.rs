@@ -7,9 +7,9 @@
 
 use super::spans;
 use crate::cpu::affine::Form;
-use crate::cpu::element::Walked;
 use crate::cpu::gradient::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::kernel::{parts, pivot, Backward, Forward, Input, Part, Partial, PartialSums};
+use crate::cpu::loops::Walked;
 use crate::cpu::moments::{Source, Stat};
 
 pub(super) fn moments<T: Walked>(k: Partial<T>) {

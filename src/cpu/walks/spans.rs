@@ -3,9 +3,10 @@
 //! Apart, because walks by set and by row both make them.
 
 use crate::cpu::affine::Affine;
-use crate::cpu::element::{Float, Walked, PANEL};
+use crate::cpu::element::{Float, PANEL};
 use crate::cpu::gradient::{ParamSums, Sums};
 use crate::cpu::kernel::{Input, Part};
+use crate::cpu::loops::Walked;
 use crate::cpu::moments::Stat;
 
 /// Elements of a span up to which spans are summed side by side, each in one vector.
