@@ -12,7 +12,12 @@ export OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1
 # Every rank its own process on shared cores: one thread each.
 export RAYON_NUM_THREADS=1
 
-test=$(cargo test --features mpi --test mpi --no-run --message-format=json |
+# The feature builds the dependencies once more; for these small tensors they need no optimizing.
+light=(--config 'profile.dev.package.candle-core.opt-level=1')
+for crate in gemm gemm-common gemm-f16 gemm-f32 gemm-f64; do
+    light+=(--config "profile.dev.package.$crate.opt-level=1")
+done
+test=$(cargo test "${light[@]}" --features mpi --test mpi --no-run --message-format=json |
     sed -n 's/.*"executable":"\([^"]*\)".*/\1/p' | tail -n 1)
 for ranks in ${*:-2 4}; do
     mpirun -n "$ranks" "$test"

@@ -384,11 +384,15 @@ fn ladder(dtype: DType) -> Vec<(u32, Geometry, usize)> {
 
 #[test]
 fn every_kernel_runs_and_is_right() -> Result<()> {
-    for dtype in DTYPES {
-        for (capability, geometry, offset) in ladder(dtype) {
-            check(capability, geometry, dtype, offset)?;
-        }
-    }
+    let climb = |dtype| {
+        ladder(dtype)
+            .into_iter()
+            .try_for_each(|(capability, geometry, offset)| check(capability, geometry, dtype, offset))
+    };
+    std::thread::scope(|scope| {
+        let all = DTYPES.map(|dtype| scope.spawn(move || climb(dtype)));
+        all.into_iter().try_for_each(|one| one.join().expect("no panic"))
+    })?;
     running_statistics()?;
     let never: Vec<_> =
         launches().into_iter().filter(|(_, count)| *count == 0).map(|(entry, _)| entry.name()).collect();
