@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Compiles all of candle-transformers against candle-norm and compares models with candle-nn's.
 #
-# The sources come from crates.io, twice: once with candle-nn replaced by nn-ours (candle-norm's
+# The published sources come, twice: once with candle-nn replaced by nn-ours (candle-norm's
 # norms), once by nn-reference (candle-nn's, on the path that has gradients). Beside that, in both,
 # a run in f64 must not round to f32 in the middle: `DType::F32` and constants in f32 become the dtype
 # of the run (so does MMDiT's f16), which without such a run is f32 as before. And, in ours, the one
