@@ -138,10 +138,7 @@ pub(crate) fn uncentered_batch_norm(
         let running = apart(op, running, &[Some(input), weight, bias, around.skip])?;
         apply(op, input, place, weight, bias, eps, Source::Input(running), around)
     };
-    match tail {
-        None => norm(Around::default()),
-        Some(tail) => tail.behind(op, input, norm),
-    }
+    Tail::after(tail, op, input, norm)
 }
 
 /// The batch's own statistics need more than one value of each channel.
@@ -483,11 +480,7 @@ pub(crate) fn contiguous_layer(
             Around { contiguous: true, fusion, ..around },
         )
     };
-    match tail {
-        None => norm(Around::default()),
-        Some(tail) => tail.behind(op, input, norm),
-    }?
-    .contiguous()
+    Tail::after(tail, op, input, norm)?.contiguous()
 }
 
 /// Layer and RMS norm with what stands around them.

@@ -61,6 +61,19 @@ pub(crate) enum Activation {
 }
 
 impl Activation {
+    /// Every one, for tests.
+    #[cfg(test)]
+    pub const ALL: [Self; 8] = [
+        Self::Relu,
+        Self::Relu6,
+        Self::LeakyRelu(0.1),
+        Self::Silu,
+        Self::Sigmoid,
+        Self::HardSwish,
+        Self::Gelu,
+        Self::GeluTanh,
+    ];
+
     /// The one that `named` is, if kernels compute it.
     pub fn of(named: Named) -> Option<Self> {
         Some(match named {

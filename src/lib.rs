@@ -68,7 +68,6 @@ mod kernels;
 mod layers;
 pub mod ops;
 
-#[allow(dead_code)] // until the kernels of every device take all of it
 mod request;
 
 pub use layers::batch_norm::{batch_norm, batch_norm1d, batch_norm2d, batch_norm3d};

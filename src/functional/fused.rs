@@ -535,6 +535,24 @@ pub(crate) struct Tail<'a> {
 }
 
 impl Tail<'_> {
+    /// What a layer with an activation of its own does.
+    pub fn own(activation: Option<Activation>) -> Option<Self> {
+        activation.map(|activation| Self { skip: None, activation })
+    }
+
+    /// `norm`, and a tail behind it if there is one.
+    pub(super) fn after(
+        tail: Option<Self>,
+        op: &str,
+        input: &Tensor,
+        norm: impl FnOnce(Around) -> Result<Tensor>,
+    ) -> Result<Tensor> {
+        match tail {
+            None => norm(Around::default()),
+            Some(tail) => tail.behind(op, input, norm),
+        }
+    }
+
     /// Runs `norm` with the activation fused where kernels have it, and behind it elsewhere.
     pub(super) fn behind(
         self,

@@ -224,7 +224,7 @@ impl GroupNorm {
 
 impl Module for GroupNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, self.activation.map(|activation| Tail { skip: None, activation }))
+        self.run(x, Tail::own(self.activation))
     }
 }
 

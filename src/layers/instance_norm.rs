@@ -253,7 +253,7 @@ impl InstanceNorm {
 
 impl ModuleT for InstanceNorm {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        self.run(x, train, self.options.activation.map(|activation| Tail { skip: None, activation }))
+        self.run(x, train, Tail::own(self.options.activation))
     }
 }
 

@@ -381,7 +381,7 @@ fn op(remove_mean: bool) -> &'static str {
 
 impl Module for LayerNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        self.run(x, self.activation.map(|activation| Tail { skip: None, activation }))
+        self.run(x, Tail::own(self.activation))
     }
 }
 

@@ -5,17 +5,6 @@ use crate::cpu::level::Level;
 use crate::cpu::loops::Wide;
 use crate::fusion::Activation;
 
-const ALL: [Activation; 8] = [
-    Activation::Relu,
-    Activation::Relu6,
-    Activation::LeakyRelu(0.1),
-    Activation::Silu,
-    Activation::Sigmoid,
-    Activation::HardSwish,
-    Activation::Gelu,
-    Activation::GeluTanh,
-];
-
 /// Distance in units in the last place of f32 between a result and what it should be.
 fn ulps(got: f32, exact: f64) -> f64 {
     let rounded = exact as f32;
@@ -66,7 +55,7 @@ fn limit(activation: Activation) -> f64 {
 
 fn check(step: usize) {
     for level in Level::available() {
-        for activation in ALL {
+        for activation in Activation::ALL {
             let f = |z: &mut [f32]| f32::fused(level).activate(z, activation);
             let (error, at) = worst(step, f, |z| value_f64(activation, z));
             println!("{activation:?} at {}: {error:.2} ulp at {at:e}", level.name());
@@ -88,7 +77,7 @@ fn activations_of_every_f32() {
 
 #[test]
 fn slopes_are_those_of_the_values() {
-    for activation in ALL {
+    for activation in Activation::ALL {
         // Away from corners.
         for z in (-2000..2000).map(|i| i as f64 * 0.0049 + 0.0013) {
             let h = 1e-5;

@@ -11,17 +11,6 @@ use crate::request::{Arg, Backward, Blocks, Forward, Norm, Want};
 use candle_core::cpu::erf::erf_f64 as erf;
 use candle_core::{CpuStorage, DType, Result};
 
-const ACTIVATIONS: [Activation; 8] = [
-    Activation::Relu,
-    Activation::Relu6,
-    Activation::LeakyRelu(0.1),
-    Activation::Silu,
-    Activation::Sigmoid,
-    Activation::HardSwish,
-    Activation::Gelu,
-    Activation::GeluTanh,
-];
-
 fn sigmoid(v: f64) -> f64 {
     1.0 / (1.0 + (-v).exp())
 }
@@ -313,7 +302,7 @@ fn activations_and_skips() -> Result<()> {
     for dtype in DTYPES {
         for (at, (capability, geometry)) in families(dtype).into_iter().enumerate() {
             // Every activation in the smallest, one each in the others, which differ in how they walk.
-            let some = if at == 0 { &ACTIVATIONS[..] } else { &ACTIVATIONS[at % 8..][..1] };
+            let some = if at == 0 { &Activation::ALL[..] } else { &Activation::ALL[at % 8..][..1] };
             for &activation in some {
                 let fusion = Fusion { activation: Some(activation), ..Fusion::default() };
                 check(capability, &Case { fusion, skip: at % 2 == 0, ..case(geometry, dtype) })?;
