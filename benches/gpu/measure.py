@@ -38,19 +38,21 @@ MOVED = {"forward": 2, "backward": 3, "step": 5, "graph": 2}
 def read_rows():
     for line in (HERE / "rows.tsv").read_text().splitlines():
         if line and not line.startswith("#"):
-            norm, shape, groups, dtype, model = line.split("\t")
+            norm, shape, groups, dtype, layout, model = line.split("\t")
             yield {
                 "norm": norm,
                 "shape": [int(d) for d in shape.split("x")],
                 "groups": None if groups == "-" else int(groups),
                 "dtype": dtype,
+                "layout": layout,
                 "model": model,
             }
 
 
 def name_of(row):
     groups = f" g{row['groups']}" if row["groups"] else ""
-    return f"{row['norm']} {'x'.join(map(str, row['shape']))}{groups} {row['dtype']}"
+    last = " channels-last" if row["layout"] == "last" else ""
+    return f"{row['norm']} {'x'.join(map(str, row['shape']))}{groups} {row['dtype']}{last}"
 
 
 def size_of(row):
@@ -79,16 +81,21 @@ def tolerance(row):
 class Candle:
     """worker.rs in a process of its own."""
 
-    def __init__(self, program):
+    def __init__(self, program, environment=None):
         self.process = subprocess.Popen(
-            [program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [program],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env=os.environ | (environment or {}),
         )
 
     def ask(self, *words):
         self.process.stdin.write("\t".join(map(str, words)) + "\n")
         answer = self.process.stdout.readline()
         if not answer:
-            raise SystemExit(f"measure: the worker ended at {words} with {self.process.wait()}")
+            raise RuntimeError(f"the worker ended at {words[0]} with {self.process.wait()}")
         return json.loads(answer)
 
     def time(self, contender, figure, calls):
@@ -102,6 +109,9 @@ class Torch:
         import torch
 
         self.torch, self.row, self.device = torch, row, device
+        # torch's way to hold channels last: a view whose strides say so.
+        if row["layout"] == "last":
+            tensors |= {k: tensors[k].contiguous(memory_format=torch.channels_last) for k in ("x", "dy")}
         self.t = tensors
         copies = min(64, max(2, -(-4 * l2 // max(size_of(row), 1))))
         self.xs = [tensors["x"]] + [torch.randn_like(tensors["x"]) * 1.5 for _ in range(copies - 1)]
@@ -115,6 +125,9 @@ class Torch:
         """torch.compile, and what else is installed."""
         others = {}
         if self.device == "cuda":
+            # Each row compiles anew. Otherwise dynamo sees one function in many shapes, and after a few
+            # (its recompile limit) runs the rest of the rows eagerly without a word.
+            self.torch._dynamo.reset()
             others["torch.compile"] = self.torch.compile(self.eager, dynamic=False)
         norm, eps = self.row["norm"], EPS
         try:
@@ -127,7 +140,7 @@ class Torch:
             if norm == "RmsNorm":
                 # In place would destroy dy, which the others reuse.
                 others["Liger"] = lambda x, w, b: LigerRMSNormFunction.apply(x, w, eps, 0.0, "llama", False)
-            if norm == "GroupNorm":
+            if norm == "GroupNorm" and self.row["layout"] != "last":
                 n, c = self.row["shape"][:2]
                 groups = self.row["groups"]
                 others["Liger"] = lambda x, w, b: LigerGroupNormFunction.apply(
@@ -278,6 +291,10 @@ class Torch:
         return start.elapsed_time(end) * 1e3 / calls
 
 
+class Wrong(Exception):
+    """candle-norm's answer is not PyTorch's: nothing of the row is timed."""
+
+
 class Run:
     def __init__(self, options):
         import torch
@@ -287,10 +304,15 @@ class Run:
         if options.dry_run:
             torch.set_num_threads(1)
             options.rounds, options.block_ms = 1, 0.0
-        self.candle = None if options.dry_run else Candle(options.worker)
+        self.candle = None
         self.about = {"name": "no GPU: dry run", "l2": 2**16}
-        if self.candle:
-            self.about = self.candle.ask("device")
+        if not options.dry_run:
+            self.start()
+
+    def start(self):
+        """A worker; after one has died, another."""
+        self.candle = Candle(self.options.worker)
+        self.about = self.candle.ask("device")
 
     def tensors(self, row):
         """Inputs, and candle's answers where candle runs."""
@@ -319,7 +341,7 @@ class Run:
             bound = tolerance(row)
             print(f"{name_of(row)}: largest difference to torch {error:.1e} in {what}, allowed {bound:.1e}")
             if not error <= bound:
-                raise SystemExit(f"measure: {name_of(row)}: {what} is wrong")
+                raise Wrong(f"{what} is off by {error:.1e}, allowed {bound:.1e}")
         for figure in self.options.figures:
             if figure == "graph" and size_of(row) > 4_000_000:
                 continue
@@ -355,6 +377,7 @@ class Run:
             "shape": "x".join(map(str, row["shape"])),
             "groups": row["groups"],
             "dtype": row["dtype"],
+            "layout": row["layout"],
             "model": row["model"],
             "figure": figure,
             "MB": size_of(row) / 1e6,
@@ -400,6 +423,21 @@ def show(line):
     print("  ".join(parts) if len(parts) > 1 else parts[0] + "not measured", flush=True)
 
 
+def failure(row, error):
+    """What the files say of a row that could not be measured."""
+    words = str(error).splitlines() or [type(error).__name__]
+    return {
+        "norm": row["norm"],
+        "shape": "x".join(map(str, row["shape"])),
+        "groups": row["groups"],
+        "dtype": row["dtype"],
+        "layout": row["layout"],
+        "model": row["model"],
+        "figure": "wrong" if isinstance(error, Wrong) else "failed",
+        "error": words[0][:200],
+    }
+
+
 def write_csv(path, lines):
     names = list(dict.fromkeys(name for line in lines for name in line))
     with open(path, "w", newline="") as file:
@@ -418,11 +456,14 @@ def smaller(row):
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("only", nargs="*", help="words that a row's name must have, such as LayerNorm bf16")
-    parser.add_argument("--worker", default=HERE.parent / "bin" / "worker")
+    parser.add_argument("--worker", default=HERE / "bin" / "worker")
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block-ms", type=float, default=10.0, help="how long a block of calls should take")
-    parser.add_argument("--out", type=pathlib.Path, default=HERE.parent / "results")
+    parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
+    parser.add_argument("--norms", nargs="+", help="norms to measure (default: all)")
+    parser.add_argument("--name", help="of the files in --out: gpu, or dry-run")
+    parser.add_argument("--minutes", type=float, default=8.0, help="start no row after this long")
     parser.add_argument("--dry-run", action="store_true")
     return parser.parse_args()
 
@@ -430,6 +471,12 @@ def arguments():
 def main():
     options = arguments()
     options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        rows = [name_of(row) for row in read_rows() if not options.norms or row["norm"] in options.norms]
+        print(f"not measured: no PyTorch here; {len(rows)} rows are listed, the first is {rows[0]}")
+        return 0 if options.dry_run else 1
     run = Run(options)
     about = {
         **run.about,
@@ -438,21 +485,37 @@ def main():
         "date": time.strftime("%Y-%m-%d"),
     }
     print(json.dumps(about))
-    lines = []
+    name = options.name or ("dry-run" if options.dry_run else "gpu")
+    lines, left, start = [], [], time.monotonic()
     for row in read_rows():
-        if options.only and not all(word in name_of(row) for word in options.only):
+        if not all(word in name_of(row) for word in options.only):
+            continue
+        if options.norms and row["norm"] not in options.norms:
+            continue
+        if time.monotonic() - start > 60 * options.minutes:
+            left.append(name_of(row))
             continue
         print(name_of(row))
-        for line in run.measure(smaller(row) if options.dry_run else row):
-            lines.append(line | {"shape": "x".join(map(str, row["shape"])), "MB": size_of(row) / 1e6})
-            show(lines[-1])
+        try:
+            for line in run.measure(smaller(row) if options.dry_run else row):
+                lines.append(line | {"shape": "x".join(map(str, row["shape"])), "MB": size_of(row) / 1e6})
+                show(lines[-1])
+        except Exception as error:  # recorded, and the next row is measured
+            lines.append(failure(row, error))
+            print(f"    {lines[-1]['figure']}: {lines[-1]['error']}")
+            if run.candle and run.candle.process.poll() is not None:
+                run.start()
         # Kept up to date, so that a run cut short leaves what it has.
-        name = "dry-run" if options.dry_run else "gpu"
         write_csv(options.out / f"{name}.csv", lines)
-        (options.out / f"{name}.svg").write_text(chart.svg(lines, about))
-        (options.out / f"{name}.json").write_text(json.dumps(about, indent=1) + "\n")
-    print(f"{len(lines)} lines, written to {options.out}")
+        measured = [line for line in lines if "error" not in line]
+        (options.out / f"{name}.svg").write_text(chart.svg(measured, about) if measured else "")
+        (options.out / f"{name}.json").write_text(json.dumps(about | {"left": left}, indent=1) + "\n")
+    bad = [line for line in lines if "error" in line]
+    print(f"{len(lines) - len(bad)} lines, {len(bad)} rows wrong or failed, written to {options.out}/{name}.csv")
+    if left:
+        print(f"not measured for want of time: {', '.join(left)}")
+    return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -28,7 +28,8 @@ def svg(lines, about):
     for line in lines:
         y += STEP
         body.append(f'<line x1="{LEFT}" x2="{LEFT + WIDTH}" y1="{y}" y2="{y}" stroke="#e4e4e4"/>')
-        label = f"{line['norm']} {line['shape']} {line['dtype']}, {line['figure']}"
+        last = " channels-last" if line.get("layout") == "last" else ""
+        label = f"{line['norm']} {line['shape']} {line['dtype']}{last}, {line['figure']}"
         body.append(text(LEFT - 10, y + 4, label, "end"))
         for name, color in MARKS.items():
             ratio = line.get(f"{name} ratio")

@@ -113,6 +113,8 @@ struct Row {
     shape: Vec<usize>,
     groups: usize,
     dtype: DType,
+    /// `[N, C, H, W]` lies as `[N, H, W, C]`.
+    channels_last: bool,
 }
 
 impl Row {
@@ -123,7 +125,24 @@ impl Row {
             shape: shape.iter().map(|d| Ok(d.as_u64().context("shape")? as usize)).collect::<Result<_>>()?,
             groups: row["groups"].as_u64().unwrap_or(0) as usize,
             dtype: row["dtype"].as_str().context("dtype")?.parse()?,
+            channels_last: row["layout"] == "last",
         })
+    }
+
+    /// The shape in which the elements lie.
+    fn memory_shape(&self) -> Vec<usize> {
+        match (self.channels_last, &self.shape[..]) {
+            (true, &[n, c, h, w]) => vec![n, h, w, c],
+            _ => self.shape.clone(),
+        }
+    }
+
+    /// A tensor of `memory_shape` as one of `shape`.
+    fn view(&self, t: &Tensor) -> candle_core::Result<Tensor> {
+        match self.channels_last {
+            true => t.permute((0, 3, 1, 2)),
+            false => Ok(t.clone()),
+        }
     }
 
     fn is_batch(&self) -> bool {
@@ -153,7 +172,8 @@ impl Row {
     }
 }
 
-/// A row that is being measured. Parameters have x's dtype, but batch norm's, which are f32.
+/// A row that is being measured, x as it lies in memory, dy as the ops see it. Parameters have x's dtype,
+/// but batch norm's, which are f32.
 struct Open<'a> {
     gpu: &'a Gpu,
     row: Row,
@@ -168,6 +188,8 @@ struct Open<'a> {
 impl<'a> Open<'a> {
     fn new(gpu: &'a Gpu, row: Value) -> Result<Self> {
         let row = Row::new(&row)?;
+        // Two workers that are compared have the same inputs.
+        gpu.device.set_seed(0x5eed)?;
         let normal = |mean: f32, std: f32, shape: &[usize]| Tensor::randn(mean, std, shape, &gpu.device);
         let param_dtype = if row.is_batch() { DType::F32 } else { row.dtype };
         let params = [row.params()];
@@ -176,8 +198,9 @@ impl<'a> Open<'a> {
         };
         let (mut x, mut dy) = (vec![], vec![]);
         for _ in 0..gpu.copies(row.bytes()) {
-            x.push(Var::from_tensor(&normal(0.25, 1.5, &row.shape)?.to_dtype(row.dtype)?)?);
-            dy.push(normal(0.1, 0.8, &row.shape)?.to_dtype(row.dtype)?);
+            let shape = row.memory_shape();
+            x.push(Var::from_tensor(&normal(0.25, 1.5, &shape)?.to_dtype(row.dtype)?)?);
+            dy.push(row.view(&normal(0.1, 0.8, &shape)?.to_dtype(row.dtype)?)?);
         }
         let bias = (row.norm != "RmsNorm").then(|| param(0.1, 0.3, param_dtype)).transpose()?;
         Ok(Self {
@@ -198,16 +221,20 @@ impl<'a> Open<'a> {
         all.insert("running_mean".into(), self.running_mean.as_detached_tensor().copy()?);
         all.insert("running_var".into(), self.running_var.as_detached_tensor().copy()?);
         all.insert("dy".into(), self.dy[0].clone());
+        let seen = |name: &str, t: &Tensor| match name {
+            "x" => self.row.view(t),
+            _ => Ok(t.clone()),
+        };
         for (name, var) in self.tracked() {
-            all.insert(name.into(), var.as_detached_tensor());
+            all.insert(name.into(), seen(name, &var.as_detached_tensor())?);
         }
-        let y = self.candle_norm(true)(&self.x[0])?;
+        let y = self.candle_norm(true)(&self.row.view(&self.x[0])?)?;
         all.insert("out_y".into(), y.detach());
         if self.row.norm != "BatchNormEval" {
             let gradients = step(&y, &self.dy[0])?;
             for (name, var) in self.tracked() {
                 let gradient = gradients.get(var).with_context(|| format!("no gradient of {name}"))?;
-                all.insert(format!("out_{name}"), gradient.clone());
+                all.insert(format!("out_{name}"), seen(name, gradient)?);
             }
         }
         Ok(candle_core::safetensors::save(&all, file)?)
@@ -276,6 +303,11 @@ impl<'a> Open<'a> {
         }
     }
 
+    /// The inputs as the ops see them, untracked.
+    fn detached(&self) -> candle_core::Result<Vec<Tensor>> {
+        self.x.iter().map(|x| self.row.view(&x.as_detached_tensor())).collect()
+    }
+
     fn layer(&self, contender: &str, train: bool) -> Result<Layer<'_>> {
         match contender {
             "candle-norm" => Ok(self.candle_norm(train)),
@@ -291,14 +323,15 @@ impl<'a> Open<'a> {
             ("copy", _) => self.gpu.time(calls, |i| ring.keep(self.x[i % n].as_detached_tensor().copy()?)),
             (_, "forward") => {
                 let layer = self.layer(contender, false)?;
-                let x: Vec<_> = self.x.iter().map(|x| x.as_detached_tensor()).collect();
+                let x = self.detached()?;
                 self.gpu.time(calls, |i| ring.keep(layer(&x[i % n])?))
             }
             ("candle-norm", "backward") => {
                 let kind = self.row.kind()?;
                 let bias = self.bias.as_ref().map(|bias| bias.as_tensor());
-                let alone = |x| RecordedOp::new(kind, x, Some(&self.weight), bias, EPS);
-                let ops = self.x.iter().map(|x| alone(x)).collect::<candle_core::Result<Vec<_>>>()?;
+                let alone =
+                    |x: &Var| RecordedOp::new(kind, &self.row.view(x)?, Some(&self.weight), bias, EPS);
+                let ops = self.x.iter().map(alone).collect::<candle_core::Result<Vec<_>>>()?;
                 self.gpu.time(calls, |i| {
                     let gradients = ops[i % n].backward(&self.dy[i % n])?;
                     gradients.into_iter().flatten().take(1).try_for_each(|dx| ring.keep(dx))
@@ -307,7 +340,7 @@ impl<'a> Open<'a> {
             (_, "step") if self.row.norm != "BatchNormEval" => {
                 let layer = self.layer(contender, true)?;
                 self.gpu.time(calls, |i| {
-                    let y = layer(&self.x[i % n])?;
+                    let y = layer(&self.row.view(&self.x[i % n])?)?;
                     step(&y, &self.dy[i % n])?;
                     ring.keep(y.detach())
                 })
@@ -320,7 +353,7 @@ impl<'a> Open<'a> {
     /// Microseconds a forward in a replayed CUDA graph of several.
     fn graph(&self, contender: &str, calls: usize) -> Result<f64> {
         let layer = self.layer(contender, false)?;
-        let x: Vec<_> = self.x.iter().map(|x| x.as_detached_tensor()).collect();
+        let x = self.detached()?;
         layer(&x[0])?;
         let stream = &self.gpu.stream;
         stream.synchronize()?;

@@ -1,0 +1,161 @@
+#!/usr/bin/env bash
+# The round on a machine with a GPU, from the folder that benches/gpu/pack.sh made:
+#
+#     round/round.sh                     all steps in order
+#     round/round.sh suite graphs        some of them
+#     round/round.sh layer -- --rounds 3     with arguments of measure.py behind --
+#     round/round.sh --dry-run           what can be done without a GPU; needs Python alone
+#
+#   suite      every test on the device
+#   graphs     every op captured in a CUDA graph and replayed
+#   layer      candle-norm, candle-nn, PyTorch and others: layer and RMS norm
+#   channels   the same: group, instance and batch norm
+#   ncu        Nsight Compute on six kernels, where it is installed
+#   variants   kernels in variants/*/ against the compiled ones (variants.py)
+#   sanitizer  compute-sanitizer over a short suite: memcheck, racecheck, initcheck, where installed
+#
+# Each step has a time limit of its own, below nine minutes, so that it fits a call of ten, and leaves
+# files of its own in $OUT (or results/): a step that is cut short or fails spoils no other. A row whose
+# results are wrong is recorded as such, and the others are measured.
+set -uo pipefail
+
+here=$(cd "$(dirname "$0")" && pwd)
+out=${OUT:-$here/results}
+declare -A limit=([suite]=420 [graphs]=90 [layer]=520 [channels]=520 [ncu]=400 [variants]=400 [sanitizer]=520)
+all=(suite graphs layer channels ncu variants sanitizer)
+steps=() arguments=() dry=
+while [ $# -gt 0 ]; do
+    case "$1" in
+        --dry-run) dry=1 ;;
+        --) shift && arguments=("$@") && break ;;
+        *) [ -n "${limit[$1]:-}" ] || { echo "round: no step $1, but ${all[*]}" >&2 && exit 2; }; steps+=("$1") ;;
+    esac
+    shift
+done
+[ ${#steps[@]} -gt 0 ] || steps=("${all[@]}")
+mkdir -p "$out"
+failed=()
+
+# Folders with CUDA's libraries: PyTorch's wheels, then the usual ones.
+libraries() {
+    python3 - <<'END' 2>/dev/null
+import glob, os, sys, sysconfig
+for root in {sysconfig.get_paths()["purelib"], *(p for p in sys.path if p.endswith("-packages"))}:
+    print("\n".join(glob.glob(os.path.join(root, "nvidia", "*", "lib"))))
+END
+    ls -d /usr/local/cuda/lib64 /usr/local/nvidia/lib64 2>/dev/null
+}
+LD_LIBRARY_PATH=$(libraries | paste -sd: -)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+export LD_LIBRARY_PATH
+# Wheels carried along, as they are: pure Python needs no installation.
+for wheel in "$here"/wheels/*.whl; do
+    [ -e "$wheel" ] && PYTHONPATH=$wheel${PYTHONPATH:+:$PYTHONPATH}
+done
+export PYTHONPATH=${PYTHONPATH:-}
+# The suite reads tests/golden from here.
+export CANDLE_NORM_TEST_DEVICE=cuda CARGO_MANIFEST_DIR=$here
+
+# Reports what the programs would not find. A machine without a GPU lacks libcuda, which comes with
+# the driver, and one without PyTorch the rest of CUDA.
+check_programs() {
+    local program missing status=0
+    for program in suite worker; do
+        [ -x "$here/bin/$program" ] || { echo "no bin/$program" && status=1 && continue; }
+        missing=$(ldd "$here/bin/$program" | awk '/not found/ { print $1 }' | paste -sd' ' -)
+        [ -z "$missing" ] || { echo "bin/$program lacks: $missing" && status=1; }
+    done
+    [ $status = 0 ] && echo "bin/suite and bin/worker find their libraries"
+    [ -n "$dry" ] || return $status
+}
+
+suite() {
+    # One thread: candle's stream is the thread's, and the tests share a device.
+    (cd "$here" && bin/suite --test-threads=1 "$@")
+}
+
+measure() {
+    python3 "$here/measure.py" --worker "$here/bin/worker" --out "$out" "$@"
+}
+
+# Of each row four launches of our kernels, after the first four; a backward's are told from the forwards
+# that it needs by their names.
+KERNELS=(
+    'LayerNorm 8192x4096 - bf16 - forward' 'LayerNorm 8192x4096 - bf16 - backward'
+    'RmsNorm 2048x65536 - bf16 - forward' 'GroupNorm 16x512x64x64 32 bf16 - backward'
+    'BatchNorm 32x256x56x56 - bf16 - forward' 'BatchNorm 256x64x112x112 - bf16 - backward'
+)
+ncu_kernels() {
+    command -v ncu >/dev/null || { echo "not measured: no ncu here" && return 0; }
+    local i=0 norm shape groups dtype layout figure kernels status=0
+    for row in "${KERNELS[@]}"; do
+        read -r norm shape groups dtype layout figure <<<"$row"
+        i=$((i + 1)) kernels='^norm_'
+        [ "$figure" = forward ] || kernels='^norm_.*(backward|sums|params)'
+        printf 'open\t{"norm":"%s","shape":[%s],"groups":%s,"dtype":"%s","layout":"%s"}\t\ntime\tcandle-norm\t%s\t8\n' \
+            "$norm" "${shape//x/,}" "${groups/-/0}" "$dtype" "$layout" "$figure" |
+            timeout 60 ncu --csv --page raw --set full --kernel-name "regex:$kernels" --launch-skip 4 \
+                --launch-count 4 "$here/bin/worker" >"$out/ncu-$i.csv" 2>"$out/ncu-$i.log" || status=1
+        echo "ncu-$i.csv: $row: $(wc -l <"$out/ncu-$i.csv") lines"
+    done
+    gzip -f "$out"/ncu-*.csv
+    return $status
+}
+
+# Parts of the suite that reach most kernels in little time.
+SHORT=(golden special)
+sanitizer() {
+    local tool status=0
+    command -v compute-sanitizer >/dev/null || { echo "not measured: no compute-sanitizer here" && return 0; }
+    for tool in memcheck racecheck initcheck; do
+        echo "== compute-sanitizer $tool"
+        (cd "$here" && PROPTEST_CASES=4 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            bin/suite --test-threads=1 "${SHORT[@]}") || status=1
+    done
+    return $status
+}
+
+run_step() {
+    case "$1" in
+        suite) suite ;;
+        graphs) suite cuda_graph ;;
+        layer) measure --name layer "${arguments[@]}" --norms LayerNorm RmsNorm ;;
+        channels) measure --name channels "${arguments[@]}" --norms GroupNorm InstanceNorm BatchNorm BatchNormEval ;;
+        ncu) ncu_kernels ;;
+        variants) python3 "$here/variants.py" --worker "$here/bin/worker" --out "$out" "${arguments[@]}" ;;
+        sanitizer) sanitizer ;;
+    esac
+}
+
+dry_run() {
+    case "$1" in
+        suite) (cd "$here" && bin/suite --list >/dev/null 2>&1) && echo "lists tests" ||
+            echo "bin/suite starts only where there is a driver" ;;
+        layer) measure --dry-run --name dry-layer --norms LayerNorm RmsNorm ;;
+        channels) measure --dry-run --name dry-channels --norms GroupNorm InstanceNorm BatchNorm BatchNormEval ;;
+        variants) python3 "$here/variants.py" --dry-run ;;
+        *) echo "needs a GPU" ;;
+    esac
+}
+
+# A step, in a shell of its own, so that its limit ends all that it started.
+if [ -n "${ROUND_STEP:-}" ]; then
+    if [ -n "$dry" ]; then dry_run "$ROUND_STEP"; else run_step "$ROUND_STEP"; fi
+    exit
+fi
+cat "$here/BUILD" 2>/dev/null
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,clocks.max.memory --format=csv 2>/dev/null ||
+    echo "no GPU here"
+check_programs || failed+=(programs)
+for step in "${steps[@]}"; do
+    echo "=== $step, at most ${limit[$step]} s"
+    start=$SECONDS
+    ROUND_STEP=$step timeout --kill-after=10 "${limit[$step]}" bash "$0" ${dry:+--dry-run} -- "${arguments[@]}" 2>&1 |
+        tee "$out/$step.log"
+    status=${PIPESTATUS[0]}
+    [ "$status" = 0 ] || failed+=("$step")
+    [ "$status" != 124 ] || echo "cut short"
+    echo "=== $step: $((SECONDS - start)) s"
+done
+[ ${#failed[@]} = 0 ] || { echo "round: FAILED: ${failed[*]}" && exit 1; }
+[ -n "$dry" ] && echo "round: dry run of ${steps[*]}: the scripts work, nothing was measured" ||
+    echo "round: all of it passed: ${steps[*]}"
