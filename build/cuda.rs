@@ -1,15 +1,18 @@
-//! `cuda/*.cu` to PTX with nvcc, at one compute capability, by `bindgen_cuda`.
+//! `cuda/*.cu` to PTX with nvcc, at one compute capability, by `bindgen_cuda`; and that to machine code, so that a
+//! module loads in milliseconds.
 //!
-//! Apart from `build.rs`, to be compiled with feature `cuda` alone. It finds the toolkit and the
+//! Kept separate from `build.rs` to be compiled with feature `cuda` alone. It finds the toolkit and the
 //! capability itself, because `bindgen_cuda` panics where it finds none, and says what it looked for.
 //! `bindgen_cuda` compiles a `.cu` file again when the file alone is newer than its PTX; what else the
-//! PTX depends on is kept in a stamp file, and a changed stamp deletes the PTX first.
+//! PTX depends on is kept in a stamp file, and a changed stamp deletes what came of it first.
 
 use anyhow::{bail, Context, Result};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::{env, fs};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Instant;
+use std::{env, fs, thread};
 
 /// Variables that may name the toolkit's folder, in the order in which they are asked.
 const ROOT_VARIABLES: [&str; 4] = ["CUDA_PATH", "CUDA_ROOT", "CUDA_TOOLKIT_ROOT_DIR", "CUDA_HOME"];
@@ -33,6 +36,7 @@ pub fn compile() -> Result<()> {
     check_target(&nvcc, capability)?;
     discard_stale(&out, &stamp(&nvcc, &root, capability, &headers)?)?;
 
+    let started = Instant::now();
     // The builder asks the environment for the capability when it is made, and starts `nvcc` by name.
     env::set_var("CUDA_COMPUTE_CAP", capability.to_string());
     env::set_var("PATH", path_with(&nvcc)?);
@@ -40,9 +44,66 @@ pub fn compile() -> Result<()> {
     builder.cuda_root(root);
     let compiled = OPTIONS.into_iter().fold(builder, |builder, option| builder.arg(option)).build_ptx();
     compiled.map_err(|error| anyhow::anyhow!("candle-norm: {error:?}"))?;
-
+    let assembled = assemble_all(&nvcc, capability, &kernels, &out)?;
+    if assembled > 0 {
+        let seconds = started.elapsed().as_secs_f64();
+        fs::write(out.join("seconds"), format!("{assembled} files in {seconds:.0} s\n"))?;
+    }
     println!("cargo:rustc-env=CANDLE_NORM_COMPUTE_CAP={capability}");
-    fs::write(out.join("ptx.rs"), table(&kernels)).context("cannot write ptx.rs")
+    fs::write(out.join("kernels.rs"), table(&kernels)).context("cannot write kernels.rs")
+}
+
+/// Makes machine code of the PTX that has none yet, as many files at a time as cargo has jobs; how many those
+/// were.
+fn assemble_all(nvcc: &Path, capability: u32, kernels: &[PathBuf], out: &Path) -> Result<usize> {
+    let ptx = |kernel: &Path| out.join(stem(kernel)).with_extension("ptx");
+    let stale: Vec<_> =
+        kernels.iter().filter(|kernel| !up_to_date(&ptx(kernel), &image(kernel, out))).collect();
+    let jobs = env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1usize);
+    let next = AtomicUsize::new(0);
+    let work = || -> Result<()> {
+        while let Some(kernel) = stale.get(next.fetch_add(1, Ordering::Relaxed)) {
+            assemble(nvcc, capability, &ptx(kernel), &image(kernel, out))?;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..jobs.min(stale.len())).map(|_| scope.spawn(work)).collect();
+        workers.into_iter().try_for_each(|worker| match worker.join() {
+            Ok(done) => done,
+            Err(_) => bail!("candle-norm: a thread panicked while it ran nvcc"),
+        })
+    })?;
+    Ok(stale.len())
+}
+
+/// PTX and the machine code that it is for `capability`, in one file that a driver chooses from.
+fn assemble(nvcc: &Path, capability: u32, ptx: &Path, image: &Path) -> Result<()> {
+    let mut command = Command::new(nvcc);
+    command.arg("--fatbin");
+    command.arg(format!("-gencode=arch=compute_{capability},code=[sm_{capability},compute_{capability}]"));
+    // Under another name until it is whole: an interrupted build leaves nothing that looks like a result.
+    let partial = image.with_extension("partial");
+    let output = command.arg("-o").arg(&partial).arg(ptx).output();
+    let output = output.with_context(|| format!("candle-norm: cannot run {}", nvcc.display()))?;
+    if !output.status.success() {
+        let said = [output.stdout, output.stderr].concat();
+        bail!("candle-norm: nvcc cannot assemble {}:\n{}", ptx.display(), String::from_utf8_lossy(&said))
+    }
+    fs::rename(&partial, image).with_context(|| format!("candle-norm: nvcc wrote no {}", image.display()))
+}
+
+fn up_to_date(ptx: &Path, image: &Path) -> bool {
+    let time = |path: &Path| fs::metadata(path).and_then(|about| about.modified()).ok();
+    matches!((time(ptx), time(image)), (Some(ptx), Some(image)) if ptx <= image)
+}
+
+fn stem(kernel: &Path) -> &str {
+    kernel.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default()
+}
+
+fn image(kernel: &Path, out: &Path) -> PathBuf {
+    out.join(stem(kernel)).with_extension("fatbin")
 }
 
 /// Files of `cuda/` with this extension, sorted.
@@ -150,7 +211,7 @@ fn output(nvcc: &Path, argument: &str) -> Result<String> {
     Ok(String::from_utf8_lossy(&answer.stdout).into_owned())
 }
 
-/// All that PTX depends on besides its `.cu` file.
+/// All that an image depends on besides its `.cu` file.
 fn stamp(nvcc: &Path, root: &Path, capability: u32, headers: &[PathBuf]) -> Result<String> {
     let mut stamp = format!("{capability} {OPTIONS:?} {}\n{}", root.display(), output(nvcc, "--version")?);
     for header in headers {
@@ -161,17 +222,17 @@ fn stamp(nvcc: &Path, root: &Path, capability: u32, headers: &[PathBuf]) -> Resu
 }
 
 fn discard_stale(out: &Path, stamp: &str) -> Result<()> {
-    let file = out.join("ptx.stamp");
+    let file = out.join("kernels.stamp");
     if fs::read_to_string(&file).is_ok_and(|old| old == stamp) {
         return Ok(());
     }
     for entry in fs::read_dir(out)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "ptx") {
+        if path.extension().is_some_and(|extension| extension == "fatbin" || extension == "ptx") {
             fs::remove_file(&path).with_context(|| format!("cannot delete {}", path.display()))?;
         }
     }
-    fs::write(&file, stamp).context("cannot write ptx.stamp")
+    fs::write(&file, stamp).context("cannot write kernels.stamp")
 }
 
 /// PATH with nvcc's folder in front.
@@ -181,12 +242,12 @@ fn path_with(nvcc: &Path) -> Result<OsString> {
     env::join_paths(folder.into_iter().chain(env::split_paths(&old))).context("PATH")
 }
 
-/// A Rust table of all PTX by stem.
+/// A Rust table of all images by stem.
 fn table(kernels: &[PathBuf]) -> String {
-    let rows = kernels.iter().filter_map(|kernel| {
-        let stem = kernel.file_stem()?.to_str()?;
-        let ptx = format!("include_str!(concat!(env!(\"OUT_DIR\"), \"/{stem}.ptx\"))");
-        Some(format!("    ({stem:?}, {ptx}),\n"))
+    let rows = kernels.iter().map(|kernel| {
+        let stem = stem(kernel);
+        let image = format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\"))");
+        format!("    ({stem:?}, {image}),\n")
     });
-    format!("pub const ALL: &[(&str, &str)] = &[\n{}];\n", rows.collect::<String>())
+    format!("pub const ALL: &[(&str, &[u8])] = &[\n{}];\n", rows.collect::<String>())
 }

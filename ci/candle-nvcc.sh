@@ -4,7 +4,7 @@
 #     NVCC=ci/candle-nvcc.sh cargo build --features cuda
 #     CANDLE_KERNELS=none NVCC=ci/candle-nvcc.sh cargo clippy --features cuda
 #
-# candle's build script honours NVCC; ours takes nvcc from PATH and always compiles in earnest. candle's
+# candle's build script honours NVCC; ours takes nvcc from PATH and compiles in earnest. candle's
 # kernels for quantized models take nvcc most of ten minutes. Here their functions abort when called,
 # and the rest is compiled as usual. With CANDLE_KERNELS=none nothing of candle's is compiled, which
 # checks of Rust code do not notice; programs linked so cannot run.

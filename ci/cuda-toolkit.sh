@@ -58,6 +58,12 @@ if [ ! -e "$stamp" ]; then
     install >&2
 fi
 
+# The disassembler: any of 13 reads what the compiler of 13.0 writes, and 13.0 has none on PyPI.
+if [ ! -e "$cache/cuda/bin/nvdisasm" ]; then
+    "$cache/python/bin/python" -m pip install --quiet --disable-pip-version-check --no-cache-dir \
+        --no-deps nvidia-cuda-nvdisasm==13.2.78 >&2
+fi
+
 cuda="$cache/cuda"
 libs="$cuda/lib:$cuda/lib/stubs:$cache/nccl/lib"
 cat <<END

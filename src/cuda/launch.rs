@@ -26,19 +26,26 @@ use candle_core::{bail, Context, CudaDevice, CudaStorage, DType, Result, Storage
 use cudarc::driver::{result, sys};
 use cudarc::driver::{
     CudaContext, CudaFunction, CudaModule, CudaSlice, CudaStream, DevicePtr, DevicePtrMut, DeviceRepr,
+    LaunchConfig,
 };
 use cudarc::nvrtc::Ptx;
 use half::{bf16, f16};
 use std::ffi::c_void;
+use std::path::Path;
 use std::sync::{Arc, Mutex, OnceLock, RwLock};
 
-/// PTX of every `.cu` file, by its stem.
-mod ptx {
-    include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
+/// What nvcc made of every `.cu` file, by its stem: machine code for one compute capability, and PTX that
+/// a driver compiles for later ones.
+mod compiled {
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 
-    /// Compute capability that it was compiled for.
+    /// The capability that it was compiled for.
     pub const CAPABILITY: &str = env!("CANDLE_NORM_COMPUTE_CAP");
 }
+
+/// A folder with `<stem>.cubin`, `.fatbin` or `.ptx` to load instead of what was compiled in: to compare
+/// variants of a kernel where there is a GPU and no Rust.
+const MODULES_VARIABLE: &str = "CANDLE_NORM_PTX_DIR";
 
 /// What is looked up once per CUDA context and never unloaded.
 struct Loaded {
@@ -74,7 +81,7 @@ pub(super) fn machine(device: &CudaDevice) -> Result<CudaMachine> {
             match find(&all) {
                 Some(loaded) => loaded,
                 None => {
-                    let loaded = Arc::new(Loaded::new(stream.context().clone())?);
+                    let loaded = Arc::new(Loaded::new(&stream)?);
                     all.push(loaded.clone());
                     loaded
                 }
@@ -93,18 +100,20 @@ impl CudaMachine {
 }
 
 impl Loaded {
-    fn new(context: Arc<CudaContext>) -> Result<Self> {
+    fn new(stream: &Arc<CudaStream>) -> Result<Self> {
         use sys::CUdevice_attribute as Attribute;
+        let context = stream.context().clone();
         let attribute = |name| context.attribute(name).context("cuda: cannot read the device's properties");
         let major = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
         let minor = attribute(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
         let shared = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?;
         let multiprocessors = attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-        let properties = DeviceProperties {
-            capability: usable_capability((major * 10 + minor) as u32)?,
-            multiprocessors: multiprocessors as u32,
-            shared: shared as u32,
+        let capability = match usable_capability((major * 10 + minor) as u32)? {
+            capability if capability >= 90 && !schedules_clusters(stream, shared) => 80,
+            capability => capability,
         };
+        let properties =
+            DeviceProperties { capability, multiprocessors: multiprocessors as u32, shared: shared as u32 };
         Ok(Self {
             context,
             properties,
@@ -150,20 +159,50 @@ impl Loaded {
         if let Some(module) = &*loaded {
             return Ok(module.clone());
         }
-        let Some((_, source)) = ptx::ALL.iter().find(|(name, _)| *name == stem) else {
-            bail!("cuda: build.rs compiled no cuda/{stem}.cu")
-        };
-        let module = self.context.load_module(Ptx::from_src(*source)).with_context(|| {
-            format!("cuda: module {stem}, compiled for compute capability {}, does not load", ptx::CAPABILITY)
+        let module = self.context.load_module(image(stem)?).with_context(|| {
+            let compiled = compiled::CAPABILITY;
+            format!("cuda: module {stem}, compiled for compute capability {compiled}, does not load")
         })?;
         Ok(loaded.insert(module).clone())
     }
 }
 
-/// The capability to plan for: the PTX runs on later devices, but has no more in it than it was
+/// What the driver loads of `cuda/{stem}.cu`.
+fn image(stem: &str) -> Result<Ptx> {
+    if let Some(folder) = std::env::var_os(MODULES_VARIABLE) {
+        for extension in ["cubin", "fatbin", "ptx"] {
+            let file = Path::new(&folder).join(stem).with_extension(extension);
+            if file.is_file() {
+                return Ok(Ptx::from_file(file));
+            }
+        }
+    }
+    match compiled::ALL.iter().find(|(name, _)| *name == stem) {
+        Some((_, image)) => Ok(Ptx::from_binary(image.to_vec())),
+        None => bail!("cuda: build.rs compiled no cuda/{stem}.cu"),
+    }
+}
+
+/// Whether clusters of 8 blocks that fill their multiprocessors can run: on a part of a GPU (MIG, or MPS
+/// with a share of the multiprocessors) a launch of them would fail. Asked of a kernel that does nothing;
+/// a driver that has no answer is taken to say yes, and the launch says what is wrong.
+fn schedules_clusters(stream: &Arc<CudaStream>, shared: i32) -> bool {
+    const PROBE: &str = ".version 7.8\n.target sm_90\n.address_size 64\n\
+        .visible .entry norm_probe() .explicitcluster .reqnctapercluster 8, 1, 1 { ret; }\n";
+    let clusters = stream.context().load_module(Ptx::from_src(PROBE)).and_then(|module| {
+        let probe = module.load_function("norm_probe")?;
+        let attribute = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        probe.set_attribute(attribute, shared)?;
+        let (grid_dim, block_dim, shared_mem_bytes) = ((8, 1, 1), (512, 1, 1), shared as u32);
+        probe.occupancy_max_active_clusters(LaunchConfig { grid_dim, block_dim, shared_mem_bytes }, stream)
+    });
+    clusters.map_or(true, |clusters| clusters > 0)
+}
+
+/// The capability to plan for: the kernels run on later devices, but have no more in them than they were
 /// compiled for.
 fn usable_capability(device: u32) -> Result<u32> {
-    let compiled: u32 = ptx::CAPABILITY.parse().context("cuda: compiled for no compute capability")?;
+    let compiled: u32 = compiled::CAPABILITY.parse().context("cuda: compiled for no compute capability")?;
     if device < compiled {
         bail!(
             "cuda: kernels were compiled for compute capability {compiled}, the device has {device}; \
@@ -288,7 +327,7 @@ impl Machine for CudaMachine {
 
     fn written(&self, storage: &mut CudaStorage) -> Result<()> {
         // Where cudarc tracks events between streams, taking the address records one behind the launches.
-        if self.loaded.context.is_managing_stream_synchronization() {
+        if self.stream.context().is_managing_stream_synchronization() {
             self.address_mut(storage)?;
         }
         Ok(())

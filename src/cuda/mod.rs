@@ -85,10 +85,11 @@ kernels!(candle_core::CudaStorage, Cuda, |x| launch::machine(&x.device)?);
 
 /// Loads every kernel onto `device`; does nothing for a device that is not a CUDA device.
 ///
-/// Without it, the first call of a norm loads the kernels that it needs. The driver compiles them from
-/// PTX then, which takes from milliseconds to seconds the first time on a machine, and keeps the result
-/// in its cache on disk. A CUDA graph is captured after the kernels are loaded: call this before, or
-/// run the model once.
+/// Without it, the first call of a norm loads the modules that it needs, and no more. On a GPU of the
+/// compute capability that the crate was built for (`CUDA_COMPUTE_CAP` at build time) that is machine code,
+/// which the driver copies to the device. On a later one the driver compiles the modules from PTX, seconds
+/// each and a minute or more for all of them, once: it keeps the result in its cache on disk. A CUDA graph
+/// is captured after the kernels are loaded: call this before, or run the model once.
 ///
 /// # Errors
 /// A GPU older than the compute capability that the crate was built for (`CUDA_COMPUTE_CAP` at build
