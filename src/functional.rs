@@ -615,16 +615,22 @@ fn in_memory_order(
     eps: f64,
     run: impl FnOnce(Norm, &Order, &Tensor) -> Result<Tensor>,
 ) -> Result<Tensor> {
+    let copied;
     let (input, placed) = match place(input) {
         // Nothing lies in no order: the kernels still want candle's strides for contiguous.
-        _ if input.elem_count() == 0 => dense(name, input, place)?,
-        Some(placed) => (input.clone(), placed),
-        None => dense(name, input, place)?,
+        Some(placed) if input.elem_count() > 0 => (input, placed),
+        _ => {
+            let (copy, placed) = dense(name, input, place)?;
+            copied = copy;
+            (&copied, placed)
+        }
     };
     let order = Order(placed.order);
     let norm = Norm { x_blocks: placed.blocks, ..Norm::new(name, placed.geometry, eps) };
-    let y = run(norm, &order, &order.there(&input)?)?;
-    order.back(y)
+    match order.0 {
+        None => run(norm, &order, input),
+        Some(_) => order.back(run(norm, &order, &order.there(input)?)?),
+    }
 }
 
 /// The one copy: of an input whose strides no geometry describes.

@@ -175,15 +175,22 @@ pub fn rows(dims: &[usize], stride: &[usize], normalized: usize, center: bool) -
         return None;
     }
     let blocks = Blocks::of(&dims[..lead], &stride[..lead])?;
+    Some(Placed { geometry: over_last(dims, lead, center), order: None, blocks: Some(blocks) })
+}
+
+/// Sets of the dimensions from `lead` on, which lie one behind the other.
+fn over_last(dims: &[usize], lead: usize, center: bool) -> Geometry {
     let (outer, n) = (dims[..lead].iter().product(), dims[lead..].iter().product());
-    let geometry = Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center };
-    Some(Placed { geometry, order: None, blocks: Some(blocks) })
+    Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center }
 }
 
 /// Layer and RMS norm over the last `normalized` dimensions; `None` when the strides are not
 /// those of a dense permutation with the normalized dimensions together and in order.
 pub fn layer(dims: &[usize], stride: &[usize], normalized: usize, center: bool) -> Option<Placed> {
     let lead = dims.len() - normalized;
+    if is_contiguous(dims, stride) {
+        return Some(Placed { geometry: over_last(dims, lead, center), order: None, blocks: None });
+    }
     let order = memory_order(dims, stride)?;
     let n: usize = dims[lead..].iter().product();
     let main = |d: &usize| *d >= lead && dims[*d] != 1;
@@ -200,7 +207,7 @@ pub fn layer(dims: &[usize], stride: &[usize], normalized: usize, center: bool) 
     } else {
         Geometry { outer: before, rows: n, width: after, run: 1, affine: Affine::Row, center }
     };
-    Some(Placed { geometry, order: order_unless_identity(order, dims, stride), blocks: None })
+    Some(Placed { geometry, order: Some(order), blocks: None })
 }
 
 /// Which sets the channels of `[N, C, spatial..]` form.
@@ -215,29 +222,16 @@ pub enum Channels {
 /// Batch, group and instance norm over `[N, C, spatial..]`; `None` when the memory order is neither
 /// N C S nor N S C.
 pub fn channels(dims: &[usize], stride: &[usize], channels: Channels) -> Option<Placed> {
-    let order = memory_order(dims, stride)?;
-    let role = |d: usize| match d {
-        0 => Role::Lead,
-        1 => Role::Main,
-        _ => Role::Space,
+    let (order, last) = match is_contiguous(dims, stride) {
+        true => (None, false),
+        false => {
+            let order = memory_order(dims, stride)?;
+            let last = channels_last(&order, dims)?;
+            (Some(order), last)
+        }
     };
-    let mut roles: Vec<Role> = order.iter().filter(|&&d| dims[d] != 1).map(|&d| role(d)).collect();
-    roles.dedup();
     let (n, c) = (dims[0], dims[1]);
     let s: usize = dims[2..].iter().product();
-    use Role::{Lead, Main, Space};
-    let last = match roles[..] {
-        []
-        | [Lead]
-        | [Main]
-        | [Space]
-        | [Lead, Main]
-        | [Lead, Space]
-        | [Main, Space]
-        | [Lead, Main, Space] => false,
-        [Space, Main] | [Lead, Space, Main] => true,
-        _ => return None,
-    };
     let span = if last { 1 } else { s };
     let (outer, rows, width, run) = match (channels, last) {
         (Channels::Batch, false) => (1, n, c * s, s),
@@ -246,7 +240,31 @@ pub fn channels(dims: &[usize], stride: &[usize], channels: Channels) -> Option<
         (Channels::Groups(g), true) => (n, s, c, c.checked_div(g).unwrap_or(0)),
     };
     let geometry = Geometry { outer, rows, width, run, affine: Affine::Column { span }, center: true };
-    Some(Placed { geometry, order: order_unless_identity(order, dims, stride), blocks: None })
+    Some(Placed { geometry, order, blocks: None })
+}
+
+/// Whether the channels lie behind the spatial dimensions; `None` in another order than these two.
+fn channels_last(order: &[usize], dims: &[usize]) -> Option<bool> {
+    use Role::{Lead, Main, Space};
+    let role = |d: usize| match d {
+        0 => Lead,
+        1 => Main,
+        _ => Space,
+    };
+    let mut roles: Vec<Role> = order.iter().filter(|&&d| dims[d] != 1).map(|&d| role(d)).collect();
+    roles.dedup();
+    match roles[..] {
+        []
+        | [Lead]
+        | [Main]
+        | [Space]
+        | [Lead, Main]
+        | [Lead, Space]
+        | [Main, Space]
+        | [Lead, Main, Space] => Some(false),
+        [Space, Main] | [Lead, Space, Main] => Some(true),
+        _ => None,
+    }
 }
 
 /// Dimensions sorted from the outermost in memory to the innermost, if they tile it densely.
@@ -272,16 +290,15 @@ fn is_sorted(order: &[usize], dims: &[usize]) -> bool {
     real.windows(2).all(|w| w[0] < w[1])
 }
 
-/// `None` where the input is contiguous as it stands.
-fn order_unless_identity(order: Vec<usize>, dims: &[usize], stride: &[usize]) -> Option<Vec<usize>> {
+/// As it stands; what holds nothing is.
+fn is_contiguous(dims: &[usize], stride: &[usize]) -> bool {
     let mut expected = 1;
-    let contiguous = dims.contains(&0)
+    dims.contains(&0)
         || dims.iter().zip(stride).rev().all(|(&dim, &stride)| {
             let fits = dim == 1 || stride == expected;
             expected *= dim;
             fits
-        });
-    (!contiguous).then_some(order)
+        })
 }
 
 #[cfg(test)]

@@ -79,15 +79,15 @@ fn move_running(norm: &Norm, stats: &Tensor, running: &Running) -> Result<()> {
     running.move_towards(&mean, &var)
 }
 
-/// What a forward leaves behind for whoever is next, shared by clones.
-#[derive(Clone, Default)]
+/// What a forward leaves behind for whoever is next.
+#[derive(Default)]
 pub(super) struct Saved {
     /// `[3, sets]`, for the backward.
-    pub stats: Arc<OnceLock<Tensor>>,
+    pub stats: OnceLock<Tensor>,
     /// `x + residual`.
-    pub sum: Arc<OnceLock<Tensor>>,
+    pub sum: OnceLock<Tensor>,
     /// The output, where the op before has made it along with the sum; taken out by the one that returns it.
-    pub output: Arc<Mutex<Option<Storage>>>,
+    pub output: Mutex<Option<Storage>>,
 }
 
 impl Saved {
@@ -108,7 +108,7 @@ pub(super) struct NormOp {
     source: Source,
     /// Somebody tracks an argument: the backward will want the statistics.
     pub keep: bool,
-    pub saved: Saved,
+    pub saved: Arc<Saved>,
 }
 
 /// A storage with its layout, as candle hands out arguments.
@@ -120,11 +120,13 @@ impl NormOp {
         let (inputs, held) = parts.split()?;
         let keep = x.track_op() || !inputs.is_empty();
         let (inputs, tensors) = inputs.into_iter().unzip();
-        Ok((Self { norm, inputs, held, source, keep, saved: Saved::default() }, tensors))
+        Ok((Self { norm, inputs, held, source, keep, saved: Arc::default() }, tensors))
     }
 
     pub fn apply(self, x: &Tensor, inputs: &[Tensor]) -> Result<Tensor> {
         match inputs {
+            // Nothing for a graph to hold.
+            [] if !self.keep => x.apply_op1_no_bwd(&self),
             [] => x.apply_op1(self),
             [a] => x.apply_op2(a, self),
             [a, b] => x.apply_op3(a, b, self),

@@ -74,6 +74,8 @@ impl Parts<Tensor> {
             let both = Tensor::stack(&[flat(weight)?, flat(bias)?], 0)?;
             inputs.splice(0..2, [(Input::Both, both)]);
         }
-        Ok((inputs, self.map(|tensor| Ok(tensor.detach()))?))
+        // Nobody tracks what is left, but perhaps the residual.
+        self.residual = self.residual.map(|tensor| tensor.detach());
+        Ok((inputs, self))
     }
 }

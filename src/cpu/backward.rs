@@ -3,7 +3,7 @@
 
 use super::affine::{Affine, Form};
 use super::element::{converted, Float};
-use super::forward::{after, elements, optional_tiles, source, written};
+use super::forward::{after, elements, source, written};
 use super::gradient::{Means, MeansFrom, ParamSums, Sums};
 use super::kernel::{self, Input, PartialSums};
 use super::level::Level;
@@ -205,13 +205,13 @@ impl<'a, T: Stored> Call<'a, T> {
         params: bool,
     ) -> (Vec<Means<T::Acc>>, Params<T::Acc>) {
         let g = self.g;
-        let tiles = visit.cut.tiles();
+        let tiles: Vec<_> = visit.cut.tiles().collect();
         let mut all = TileSums::new(self.norm, &tiles, params);
         let counts = || tiles.iter().map(|t| t.sets(g).len());
         let mut partial = vec![Sums::default(); counts().sum()];
-        let work = tiles.iter().zip(all.split()).zip(split(&mut partial, counts())).collect();
+        let work = tiles.iter().zip(all.split()).zip(split(&mut partial, counts()));
         let back_to_z = visit.back_to_z(g, self.affine.form);
-        for_each(work, Scratch::new, |Scratch { x, dy, z, .. }, ((tile, params), sums)| {
+        for_each(work, self.x.bytes(), Scratch::new, |Scratch { x, dy, z, .. }, ((tile, params), sums)| {
             // Parameters of samples: no set of theirs that is cut shares a tile with another's.
             let affine = &self.affine.of_row(tile.rows.start, g);
             let input = self.input::<W>(tile, affine, back_to_z, [x, dy, z], [None, None]);
@@ -237,21 +237,23 @@ impl<'a, T: Stored> Call<'a, T> {
         params: bool,
         [dx, dskip, dgate]: [Option<&mut Output<T>>; 3],
     ) -> Params<T::Acc> {
-        let (g, tiles, tokens) = (self.g, visit.cut.tiles(), self.norm.fusion.tokens);
+        let (g, tokens) = (self.g, self.norm.fusion.tokens);
+        let tiles: Vec<_> = visit.cut.tiles().collect();
         let mut all = TileSums::new(self.norm, &tiles, params);
-        let [dx, dskip, dgate] = [dx, dskip, dgate].map(|o| optional_tiles(o, &tiles, &visit.cut));
-        let out = dx.into_iter().zip(dskip).zip(dgate);
-        let work = tiles.iter().zip(all.split()).zip(out).collect();
+        let mut out = [dx, dskip, dgate].map(|output| output.map(|output| output.tiles(&visit.cut)));
+        let mut next = || out.each_mut().map(|tiles| tiles.as_mut().and_then(Iterator::next));
+        let work = tiles.iter().zip(all.split()).map(|(tile, params)| (tile, params, next()));
         let staged = self.x.staged::<W>() || self.after.any();
         let back_to_z = visit.back_to_z(g, self.affine.form);
-        for_each(work, Scratch::new, |scratch: &mut Scratch<T>, ((tile, mut params), out)| {
-            let ((mut dx, mut dskip), mut dgate) = out;
-            for piece in &pieces(g, tile, tokens, staged) {
+        let bytes = self.x.bytes();
+        for_each(work, bytes, Scratch::new, |scratch: &mut Scratch<T>, (tile, mut params, mut out)| {
+            for piece in pieces(g, tile, tokens, staged) {
+                let piece = &piece;
                 let affine = &self.affine.of_row(piece.rows.start, g);
                 let own = params.as_mut().map(|p| p.of_sample(tokens, tile, piece));
-                let Scratch { x, dy, z, out } = scratch;
                 let [dx, dskip, dgate] =
-                    [&mut dx, &mut dskip, &mut dgate].map(|tile| tile.as_mut().map(|tile| tile.part(piece)));
+                    out.each_mut().map(|tile| tile.as_mut().map(|tile| tile.part(piece)));
+                let Scratch { x, dy, z, out } = scratch;
                 let (before, behind) = match &self.x.gate {
                     Some(gate) => (dgate.map(|dgate| (gate, dgate)), [dskip, None]),
                     None => (None, [dskip, dgate]),

@@ -6,13 +6,12 @@ use super::element::{converted, Element, Float};
 use super::kernel::{self, Partial};
 use super::level::Level;
 use super::loops::{Stored, Walked};
-use super::moments::{Moments, Source as StatsFrom, Stat, Stats, StatsOut};
+use super::moments::{Moments, Source as StatsFrom, Stat, Stats};
 use super::output::Output;
 use super::parallel::{for_each, split};
 use super::plan::{self, From, Visit};
 use super::stage::{pieces, After, Scratch, Source, Tensor};
-use super::tile::{Cut, Tile};
-use super::view::{same, OutTile};
+use super::view::same;
 use super::walks;
 use crate::fusion::Gate;
 use crate::geometry::Geometry;
@@ -76,12 +75,12 @@ fn add<T: Stored, R: Element<Acc = T::Acc>>(
     residual: &[R],
 ) -> Vec<R> {
     let visit = plan::Forward::new(g, Form::Spans(g.run), size_of::<R>(), true).y;
-    let tiles = visit.cut.tiles();
     let mut output = Output::new(g, false);
-    let work = tiles.iter().zip(output.tiles(&visit.cut)).collect();
     let residual = Tensor { level, x: residual, width: g.width };
-    for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (tile, mut sum)| {
-        x.add(&residual, tile, &mut scratch.x, &mut sum);
+    let scratch = || (Scratch::new(), vec![]);
+    let tiles = output.tiles(&visit.cut);
+    for_each(tiles, x.bytes(), scratch, |(scratch, added): &mut (Scratch<T>, _), mut sum| {
+        x.add(&residual, &sum.tile().clone(), &mut scratch.x, added, &mut sum);
     });
     written(output)
 }
@@ -130,50 +129,45 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         (None, Some(sums)) => Some(cut_sets::<T, W>(level, g, x, sums)),
         (None, None) => (call.keep || call.running.is_some()).then(|| vec![T::Acc::ZERO; 3 * g.sets()]),
     };
-    let tiles = plan.y.cut.tiles();
-    let sources: Vec<_> = match (plan.from, &mut stats) {
-        (From::Given, Some(stats)) => tiles.iter().map(|_| StatsFrom::Given(Stats(stats))).collect(),
-        (_, Some(stats)) => {
-            let kept = split_stats(g, stats, &tiles);
-            kept.into_iter().map(|kept| StatsFrom::Tile(Some(kept))).collect()
-        }
-        (_, None) => tiles.iter().map(|_| StatsFrom::Tile(None)).collect(),
+    let mut from = match (plan.from, &mut stats) {
+        (From::Given, Some(stats)) => StatsFrom::Given(Stats(stats)),
+        (_, Some(stats)) => StatsFrom::to_keep(stats),
+        (_, None) => StatsFrom::Tile(None),
     };
     let mut output = Output::new(g, plan::past_caches(g, size_of::<T>()));
-    let mut sum = residual.map(|_| Output::new(g, false));
-    let sums = optional_tiles(sum.as_mut(), &tiles, &plan.y.cut);
-    let work = tiles.iter().zip(output.tiles(&plan.y.cut)).zip(sources).zip(sums).collect();
+    let mut sum = residual.map(|_| Output::new(g, plan::past_caches(g, size_of::<R>())));
+    let mut sums = sum.as_mut().map(|sum| sum.tiles(&plan.y.cut));
+    let work = output.tiles(&plan.y.cut).map(move |y| {
+        let stats = from.next(y.tile().sets(g).len());
+        (y, stats, sums.as_mut().and_then(Iterator::next))
+    });
     let (loops, eps) = (W::loops(level), T::Acc::from64(norm.eps));
     let staged = residual.is_some() || x.staged::<W>() || after.staged::<W>();
-    for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (((tile, mut y), mut stats), mut sum)| {
-        for piece in &pieces(g, tile, norm.fusion.tokens, staged) {
-            let x = match (&residual, &mut sum) {
-                (Some(residual), Some(sum)) => x.read_sum::<R, W>(residual, piece, &mut scratch.x, sum),
-                _ => x.read::<W>(piece, &mut scratch.x),
-            };
-            let (affine, stats) = (&affine.of_row(piece.rows.start, g), stats.next(piece.sets(g).len()));
-            after.write(y.part(piece), &mut scratch.out, |y| {
-                walks::forward(
-                    plan.y.walk,
-                    kernel::Forward { loops, g, eps, affine, x, tile: piece, stats, y },
-                );
-            });
-        }
-    });
+    let scratch = || (Scratch::new(), vec![]);
+    for_each(
+        work,
+        x.bytes(),
+        scratch,
+        |(scratch, added): &mut (Scratch<T>, _), (mut y, mut stats, mut sum)| {
+            for piece in pieces(g, y.tile(), norm.fusion.tokens, staged) {
+                let x = match (&residual, &mut sum) {
+                    (Some(residual), Some(sum)) => {
+                        x.read_sum::<R, W>(residual, &piece, &mut scratch.x, added, sum)
+                    }
+                    _ => x.read::<W>(&piece, &mut scratch.x),
+                };
+                let (affine, stats) = (&affine.of_row(piece.rows.start, g), stats.next(piece.sets(g).len()));
+                after.write(y.part(&piece), &mut scratch.out, |y| {
+                    walks::forward(
+                        plan.y.walk,
+                        kernel::Forward { loops, g, eps, affine, x, tile: &piece, stats, y },
+                    );
+                });
+            }
+        },
+    );
     let sum = sum.map(|sum| R::to_cpu_storage_owned(written(sum)));
     Ok(Outcome { y: written(output), stats, sum })
-}
-
-/// The tiles of an output that there may be.
-pub(super) fn optional_tiles<'a, T: Element>(
-    output: Option<&'a mut Output<T>>,
-    tiles: &[Tile],
-    cut: &Cut,
-) -> Vec<Option<OutTile<'a, T>>> {
-    match output {
-        Some(output) => output.tiles(cut).into_iter().map(Some).collect(),
-        None => tiles.iter().map(|_| None).collect(),
-    }
 }
 
 #[allow(unsafe_code)]
@@ -226,16 +220,16 @@ fn cut_sets<T: Stored, W: Walked<Acc = T::Acc>>(
     x: Source<T>,
     visit: &Visit,
 ) -> Vec<T::Acc> {
-    let tiles = visit.cut.tiles();
+    let tiles: Vec<_> = visit.cut.tiles().collect();
     let counts = || tiles.iter().map(|t| t.sets(g).len());
     let mut partial = vec![Moments::default(); counts().sum()];
     let pivots: Vec<_> = match g.center && g.elements() > 0 {
         true => (0..g.sets()).map(|set| x.first(g, set)).collect(),
         false => vec![T::Acc::ZERO; g.sets()],
     };
-    let work = tiles.iter().zip(split(&mut partial, counts())).collect();
+    let work = tiles.iter().zip(split(&mut partial, counts()));
     let loops = W::loops(level);
-    for_each(work, Scratch::new, |scratch: &mut Scratch<T>, (tile, out)| {
+    for_each(work, x.bytes(), Scratch::new, |scratch: &mut Scratch<T>, (tile, out)| {
         let x = x.read::<W>(tile, &mut scratch.x);
         walks::moments(visit.walk, Partial { loops, g, x, tile, pivots: &pivots, out });
     });
@@ -248,13 +242,4 @@ fn cut_sets<T: Stored, W: Walked<Acc = T::Acc>>(
         (stats[s], stats[g.sets() + s], stats[2 * g.sets() + s]) = (stat.high, stat.low, stat.var);
     }
     stats
-}
-
-/// The places of each tile's statistics in `[3, sets]`; tiles hold whole sets, in order.
-fn split_stats<'a, A>(g: &Geometry, stats: &'a mut [A], tiles: &[Tile]) -> Vec<StatsOut<'a, A>> {
-    let (high, rest) = stats.split_at_mut(g.sets());
-    let (low, var) = rest.split_at_mut(g.sets());
-    let lens = || tiles.iter().map(|t| t.sets(g).len());
-    let (high, low, var) = (split(high, lens()), split(low, lens()), split(var, lens()));
-    high.into_iter().zip(low).zip(var).map(|((high, low), var)| [high, low, var]).collect()
 }

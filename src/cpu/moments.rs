@@ -102,6 +102,13 @@ pub(super) enum Source<'a, A> {
 }
 
 impl<'a, A: Float> Source<'a, A> {
+    /// From tiles that hold whole sets, in their order; kept in `[3, sets]`.
+    pub fn to_keep(stats: &'a mut [A]) -> Self {
+        let (high, rest) = stats.split_at_mut(stats.len() / 3);
+        let (low, var) = rest.split_at_mut(rest.len() / 2);
+        Source::Tile(Some([high, low, var]))
+    }
+
     /// That of the next `n` sets of the tile, which are walked on their own.
     pub fn next(&mut self, n: usize) -> Source<'a, A> {
         match self {

@@ -53,12 +53,12 @@ impl<T: Element> Output<T> {
     }
 
     /// The tiles of `cut`, which cuts a tensor of this shape.
-    pub fn tiles(&mut self, cut: &Cut) -> Vec<OutTile<'_, T>> {
+    pub fn tiles<'a>(&'a mut self, cut: &'a Cut) -> impl ExactSizeIterator<Item = OutTile<'a, T>> {
         assert_eq!(cut.geometry(), &self.g);
         let (buffer, width, past) = (self.buffer.as_mut_ptr(), self.g.width, self.past);
         // SAFETY: the tiles of a cut lie within its geometry, which is this buffer's, and are disjoint; the
         // buffer is borrowed for as long as they live.
-        cut.tiles().into_iter().map(|tile| unsafe { OutTile::new(buffer, width, tile, past) }).collect()
+        cut.tiles().map(move |tile| unsafe { OutTile::new(buffer, width, tile, past) })
     }
 
     /// # Safety

@@ -1,43 +1,123 @@
 //! Work shared out to rayon's threads.
+//!
+//! Not by its scopes: these wait for every thread that they have called, even where nothing is left to do by
+//! the time it comes. A sleeping thread comes after 15 to 20 us, on a busy machine after milliseconds (the
+//! ignored test `what_a_thread_costs` prints it); here who comes too late finds the door closed.
+#![allow(unsafe_code)]
 
-use std::sync::Mutex;
+use std::any::Any;
+use std::panic::{catch_unwind, resume_unwind, AssertUnwindSafe};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
-/// Runs `f` on every item, on several threads if there are several of both, with a value of `new` for each.
+/// Bytes of x up to which nobody is called: at 10 bytes a nanosecond one core is done with them, y written,
+/// before another has come.
+const ALONE: usize = 128 << 10;
+
+/// Runs `f` on every item of an op over `bytes` of x, on several threads if there are several of both, with a
+/// value of `new` for each.
 ///
 /// The calling thread takes part from the first item on; the pool's may come later, as they have to be woken.
 /// Threads start far from each other: neighbours would meet in the same pages of a fresh output, and each
 /// would have the kernel clear them.
 pub(super) fn for_each<I: Send, S>(
-    items: Vec<I>,
-    new: impl Fn() -> S + Send + Sync,
-    f: impl Fn(&mut S, I) + Send + Sync,
+    items: impl ExactSizeIterator<Item = I>,
+    bytes: usize,
+    new: impl Fn() -> S + Sync,
+    f: impl Fn(&mut S, I) + Sync,
 ) {
-    let threads = rayon::current_num_threads().min(items.len());
+    let threads = match items.len() {
+        several @ 2.. if bytes > ALONE => rayon::current_num_threads().min(several),
+        _ => 1,
+    };
     if threads < 2 {
         let mut own = new();
-        return items.into_iter().for_each(|item| f(&mut own, item));
+        return items.for_each(|item| f(&mut own, item));
     }
     let queue = Mutex::new(spread(items, threads).into_iter());
-    // A panic in `f` leaves the queue whole; rayon hands the panic on.
-    let next = || queue.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).next();
-    let work = || {
+    // A panic in `f` leaves the queue whole.
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    together(threads - 1, &|| {
         let mut own = new();
         while let Some(item) = next() {
             f(&mut own, item)
         }
-    };
-    rayon::in_place_scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(|_| work());
-        }
-        work()
     })
 }
 
+/// Runs `work` here, and on up to `others` of the pool's threads that come while it lasts.
+fn together<'a>(others: usize, work: &'a (dyn Fn() + Sync + 'a)) {
+    // SAFETY: the lifetime alone is another; see `Work`.
+    let pointer = unsafe {
+        std::mem::transmute::<*const (dyn Fn() + Sync + 'a), *const (dyn Fn() + Sync + 'static)>(work)
+    };
+    let door = Arc::new(Door::default());
+    let closing = Closing(&door);
+    for _ in 0..others {
+        let (door, work) = (Arc::clone(&door), Work(pointer));
+        rayon::spawn(move || door.enter(work));
+    }
+    work();
+    drop(closing);
+    let panic = door.panic.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(panic) = panic {
+        resume_unwind(panic)
+    }
+}
+
+/// What threads do inside: it lives until the door has been closed, by `Closing` even where it panics.
+struct Work(*const (dyn Fn() + Sync));
+
+// SAFETY: what it points to is Sync.
+unsafe impl Send for Work {}
+
+/// The way to work that lives on another thread's stack.
+#[derive(Default)]
+struct Door {
+    /// Threads that have come in; the highest bit once it is closed.
+    inside: AtomicUsize,
+    panic: Mutex<Option<Box<dyn Any + Send>>>,
+}
+
+const CLOSED: usize = 1 << (usize::BITS - 1);
+/// Looks at the door, some microseconds, before others get the processor.
+const PATIENCE: usize = 1 << 10;
+
+impl Door {
+    /// Works, unless the door is closed.
+    fn enter(&self, work: Work) {
+        if self.inside.fetch_add(1, Ordering::Acquire) & CLOSED == 0 {
+            // SAFETY: closing waits for this thread from here to the end of this function.
+            let done = catch_unwind(AssertUnwindSafe(|| unsafe { (*work.0)() }));
+            if let Err(panic) = done {
+                *self.panic.lock().unwrap_or_else(PoisonError::into_inner) = Some(panic);
+            }
+        }
+        self.inside.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// Closes the door, and waits for those inside.
+struct Closing<'a>(&'a Door);
+
+impl Drop for Closing<'_> {
+    fn drop(&mut self) {
+        self.0.inside.fetch_or(CLOSED, Ordering::Relaxed);
+        let mut looks = 0;
+        while self.0.inside.load(Ordering::Acquire) != CLOSED {
+            looks += 1;
+            match looks < PATIENCE {
+                true => std::hint::spin_loop(),
+                false => std::thread::yield_now(),
+            }
+        }
+    }
+}
+
 /// Items in turn from each of `parts` equal parts.
-fn spread<I>(items: Vec<I>, parts: usize) -> Vec<I> {
+fn spread<I>(items: impl ExactSizeIterator<Item = I>, parts: usize) -> Vec<I> {
     let len = items.len().div_ceil(parts);
-    let mut rest: Vec<Option<I>> = items.into_iter().map(Some).collect();
+    let mut rest: Vec<Option<I>> = items.map(Some).collect();
     let order = (0..len).flat_map(|i| (0..parts).map(move |part| part * len + i));
     order.filter_map(|i| rest.get_mut(i)?.take()).collect()
 }

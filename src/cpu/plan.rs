@@ -160,16 +160,27 @@ pub(super) fn past_caches(g: &Geometry, bytes: usize) -> bool {
     run.is_multiple_of(16) && run >= PAST_RUN && g.elements() * bytes > past_from()
 }
 
-/// Bytes of an output that is written past the caches: three quarters of the last-level cache, which will not
-/// keep it for whoever reads it next. 24 MiB where the system does not tell.
+/// Bytes of the last-level cache that a thread can have at most. A virtual machine reports all of its host's,
+/// which hundreds of others may use: 480 MiB for two threads. Of a server's an even share is 4 MiB a core, 12 MiB
+/// on those with the most (EPYC 9684X: 1152 MiB for 96).
+const OF_A_THREAD: usize = 16 << 20;
+
+/// Bytes of an output that is written past the caches: three quarters of what the threads have of the last-level
+/// cache, which will not keep it for whoever reads it next. 32 MiB where the system does not tell.
 fn past_from() -> usize {
     if cfg!(test) {
         return 256 << 10; // within reach of tests
     }
-    static BYTES: OnceLock<usize> = OnceLock::new();
-    *BYTES.get_or_init(|| {
+    static CACHE: OnceLock<usize> = OnceLock::new();
+    let cache = *CACHE.get_or_init(|| {
         let cache = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/cache/index3/size").ok();
         let kib = cache.and_then(|size| size.trim().strip_suffix('K')?.parse::<usize>().ok());
-        kib.unwrap_or(32 << 10) * 1024 / 4 * 3
-    })
+        kib.unwrap_or(32 << 10) * 1024
+    });
+    past_from_of(cache, rayon::current_num_threads())
+}
+
+/// The same, of a cache that `threads` share.
+pub(super) fn past_from_of(cache: usize, threads: usize) -> usize {
+    cache.min(OF_A_THREAD.saturating_mul(threads)) / 4 * 3
 }

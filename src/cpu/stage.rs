@@ -48,9 +48,9 @@ impl<T: Stored> Scratch<T> {
 }
 
 /// `n` elements of scratch.
-fn room<A: Float>(scratch: &mut Vec<A>, n: usize) -> &mut [A] {
+fn room<A: Element>(scratch: &mut Vec<A>, n: usize) -> &mut [A] {
     if scratch.len() < n {
-        scratch.resize(n, A::ZERO);
+        scratch.resize(n, A::narrow(A::Acc::ZERO));
     }
     &mut scratch[..n]
 }
@@ -64,20 +64,20 @@ fn staged<'a, A: Float, W: Walked<Acc = A>>(wide: &'a [A], tile: &'a Tile) -> In
 }
 
 /// Sets of a tile that are staged at a time: whole rows of one sample where a row is a set, else all of it.
-pub(super) fn pieces(g: &Geometry, tile: &Tile, tokens: Option<usize>, any: bool) -> Vec<Tile> {
-    if g.rows > 1 || !(any || tokens.is_some()) {
-        return vec![tile.clone()];
-    }
-    let most = if any { (PIECE / tile.columns.len()).max(1) } else { tile.rows.len() };
-    let tokens = tokens.unwrap_or(usize::MAX);
-    let mut pieces = vec![];
-    let mut row = tile.rows.start;
-    while row < tile.rows.end {
-        let end = tile.rows.end.min(row + most).min((row / tokens + 1).saturating_mul(tokens));
-        pieces.push(Tile { rows: row..end, columns: tile.columns.clone() });
-        row = end;
-    }
-    pieces
+pub(super) fn pieces(
+    g: &Geometry,
+    tile: &Tile,
+    tokens: Option<usize>,
+    any: bool,
+) -> impl Iterator<Item = Tile> {
+    let Tile { rows, columns } = tile.clone();
+    let most = if any && g.rows == 1 { (PIECE / columns.len()).max(1) } else { rows.len() };
+    let (mut row, tokens) = (rows.start, tokens.unwrap_or(usize::MAX));
+    std::iter::from_fn(move || {
+        let start = row;
+        row = rows.end.min(start + most).min((start / tokens + 1).saturating_mul(tokens));
+        (start < rows.end).then(|| Tile { rows: start..row, columns: columns.clone() })
+    })
 }
 
 /// Rows of a tile in strips, each with its place in scratch that holds the tile alone.
@@ -146,6 +146,11 @@ impl<'a, T: Stored> Source<'a, T> {
         Source { tensor: Tensor { level, x, width: g.width }, blocks: None, gate: None }
     }
 
+    /// Of what is read.
+    pub fn bytes(&self) -> usize {
+        size_of_val(self.tensor.x)
+    }
+
     /// Whether walks over `W` read scratch.
     pub fn staged<W: 'static>(&self) -> bool {
         self.blocks.is_some() || self.gate.is_some() || same::<T, W>(&[]).is_none()
@@ -177,23 +182,33 @@ impl<'a, T: Stored> Source<'a, T> {
         staged(wide, tile)
     }
 
-    /// Writes a tile of `x + residual`, rounded to the residual's type.
-    pub fn add<R: Element<Acc = T::Acc>>(
+    /// Writes a tile of `x + residual`, rounded to the residual's type, to `sum` and to scratch: the one may go
+    /// past the caches.
+    pub fn add<'s, R: Element<Acc = T::Acc>>(
         &self,
         residual: &Tensor<R>,
         tile: &Tile,
-        Room { wide, other, gathered }: &mut Room<T>,
+        Room { wide, gathered, .. }: &mut Room<T>,
+        scratch: &'s mut Vec<R>,
         sum: &mut OutTile<R>,
-    ) {
+    ) -> &'s [R] {
         let level = self.tensor.level;
-        for (strip, _) in strips(tile) {
-            let n = strip.columns.len();
-            let (x, r) = (room(wide, n), room(other, n));
-            Conversions::<T>::of(level).widen(self.raw(&strip, gathered).whole(), x);
-            residual.widen(&strip, r);
-            T::Acc::fused(level).add(x, r);
-            Conversions::<R>::of(level).narrow(Block::row_of(x), sum.part(&strip).whole());
+        let scratch = room(scratch, tile.rows.len() * tile.columns.len());
+        for (strip, at) in strips(tile) {
+            let (x, n) = (self.raw(&strip, gathered), strip.columns.len());
+            let x = match x.same::<T::Acc>() {
+                Some(x) => x.whole(),
+                None => {
+                    let wide = room(wide, n);
+                    Conversions::<T>::of(level).widen(x.whole(), wide);
+                    Block::row_of(wide)
+                }
+            };
+            let residual = residual.tile(&strip).whole();
+            let scratch = &mut scratch[at..at + n];
+            Conversions::<R>::of(level).add(x, residual, sum.part(&strip).whole(), scratch);
         }
+        scratch
     }
 
     /// Writes a tile of `x + residual`, and reads that as a walk over `W` does.
@@ -202,17 +217,15 @@ impl<'a, T: Stored> Source<'a, T> {
         residual: &Tensor<R>,
         tile: &'s Tile,
         scratch: &'s mut Room<T>,
-        sum: &'s mut OutTile<R>,
+        added: &'s mut Vec<R>,
+        sum: &mut OutTile<R>,
     ) -> InTile<'s, W> {
-        self.add(residual, tile, scratch, sum);
-        let Room { wide, .. } = scratch;
-        // SAFETY: it has just been written in full.
-        let sum = unsafe { sum.filled(tile) };
-        if let Some(sum) = sum.same::<W>() {
-            return sum;
+        let added = self.add(residual, tile, scratch, added, sum);
+        if let Some(added) = same::<R, W>(added) {
+            return InTile::alone(added, tile);
         }
-        let wide = room(wide, tile.rows.len() * tile.columns.len());
-        Conversions::<R>::of(self.tensor.level).widen(sum.whole(), wide);
+        let wide = room(&mut scratch.wide, added.len());
+        Conversions::<R>::of(self.tensor.level).widen(Block::row_of(added), wide);
         staged(wide, tile)
     }
 

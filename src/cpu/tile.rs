@@ -243,17 +243,12 @@ impl Cut {
     }
 
     /// All tiles, in the order in which partial results are merged.
-    pub fn tiles(&self) -> Vec<Tile> {
+    pub fn tiles(&self) -> impl ExactSizeIterator<Item = Tile> + '_ {
         let (down, across) = self.grid();
-        let mut tiles = Vec::with_capacity(down * across);
-        for i in 0..down {
-            let rows = part(i, self.rows, self.g.rows, self.outers, self.g.outer);
-            for j in 0..across {
-                let columns = part(j, self.run, self.g.run, self.sets, self.g.sets_per_outer());
-                tiles.push(Tile { rows: rows.clone(), columns });
-            }
-        }
-        tiles
+        (0..down * across).map(move |i| Tile {
+            rows: part(i / across, self.rows, self.g.rows, self.outers, self.g.outer),
+            columns: part(i % across, self.run, self.g.run, self.sets, self.g.sets_per_outer()),
+        })
     }
 }
 

@@ -203,23 +203,6 @@ impl<'a, T: Element> OutTile<'a, T> {
         (TypeId::of::<T>() == TypeId::of::<W>()).then(tile)
     }
 
-    /// A part of it to be read.
-    ///
-    /// # Safety
-    /// That part has been written.
-    pub unsafe fn filled<'s>(&'s self, tile: &'s Tile) -> InTile<'s, T> {
-        let (rows, columns) = (&self.tile.rows, &self.tile.columns);
-        assert!(rows.start <= tile.rows.start && tile.rows.end <= rows.end && !tile.rows.is_empty());
-        assert!(columns.start <= tile.columns.start && tile.columns.end <= columns.end);
-        // What lies between rows would be others'.
-        assert!(columns.len() == self.stride || rows.len() == 1);
-        let at = (tile.rows.start - rows.start) * self.stride + tile.columns.start - columns.start;
-        let len = (tile.rows.len() - 1) * self.stride + tile.columns.len();
-        // SAFETY: within the tile by the assertions, and written.
-        let x = unsafe { std::slice::from_raw_parts(self.first.wrapping_add(at), len) };
-        InTile { x, stride: self.stride, tile }
-    }
-
     pub fn tile(&self) -> &Tile {
         &self.tile
     }

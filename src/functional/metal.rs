@@ -34,11 +34,13 @@ fn kernel<'a>(
     bias: Option<&'a Tensor>,
     center: bool,
 ) -> Option<Kernel<'a>> {
+    if !matches!(device, DeviceLocation::Metal { .. }) {
+        return None;
+    }
     let dtype = input.dtype();
     let takes = |t: &Tensor| t.is_contiguous() && !t.track_op() && t.dtype() == dtype;
     let all = takes(input) && [weight, bias].into_iter().flatten().all(takes);
-    let here = matches!(device, DeviceLocation::Metal { .. });
-    if !here || !all || dtype == DType::F64 || input.elem_count() == 0 {
+    if !all || dtype == DType::F64 || input.elem_count() == 0 {
         return None;
     }
     match (weight, bias, center) {

@@ -275,3 +275,22 @@ pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Block<T::Acc>, mut y: To<T>) 
         }
     }
 }
+
+#[inline(always)]
+pub(super) fn add<S: Simd, T: Element>(s: S, x: Block<T::Acc>, b: Block<T>, mut y: To<T>, z: &mut [T]) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(b.n == n && b.rows == x.rows && y.n == n && y.rows == x.rows && z.len() >= x.rows * n);
+    for r in 0..x.rows {
+        let (x, b, y_row) = (x.row(r), b.row(r), y.row(r));
+        let past = y.past(y_row);
+        // SAFETY: all places are below `n`, which the rows and their place in z have.
+        unsafe {
+            let z = z.as_mut_ptr().add(r * n);
+            each_vector!(w, n, |at, k| {
+                let v = get::<S, T::Acc>(s, x.add(at), k) + get::<S, T>(s, b.add(at), k);
+                put::<S, T>(v, z.add(at), k, false);
+                put::<S, T>(v, y_row.add(at), k, past);
+            })
+        }
+    }
+}

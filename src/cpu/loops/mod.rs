@@ -177,12 +177,14 @@ table! {
 }
 
 table! {
-    /// Loops that only change the type of elements.
+    /// Loops that change the type of elements.
     Conversions<T: Element> {
         /// Rows widened, one behind the other.
         widen = maps::widen, (x: Block<T>, y: &mut [T::Acc]);
         /// Rows rounded.
         narrow = maps::narrow, (x: Block<T::Acc>, y: To<T>);
+        /// `x + b` rounded, to y and, one row behind the other, to `z`.
+        add = maps::add, (x: Block<T::Acc>, b: Block<T>, y: To<T>, z: &mut [T]);
     }
 }
 

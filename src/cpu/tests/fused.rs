@@ -1,5 +1,6 @@
 //! What is fused into a norm, on every walk, against a scalar oracle in f64.
 
+use super::case::*;
 use super::kernels::*;
 use super::oracle;
 use crate::cpu::level::Level;
@@ -31,21 +32,6 @@ fn shapes() -> Vec<Geometry> {
     ]
 }
 
-/// A norm's tensors, in T and in f64.
-struct Case {
-    norm: Norm,
-    storages: [CpuStorage; 6],
-    exact: [Vec<f64>; 6],
-}
-
-const X: usize = 0;
-const DY: usize = 1;
-const W: usize = 2;
-const B: usize = 3;
-/// Skip or gate.
-const OTHER: usize = 4;
-const RESIDUAL: usize = 5;
-
 fn sigmoid(z: f64) -> f64 {
     1.0 / (1.0 + (-z).exp())
 }
@@ -71,22 +57,6 @@ fn slope(f: impl Fn(f64) -> f64, z: f64) -> f64 {
 }
 
 impl Case {
-    fn new<T: WithDType>(geometry: Geometry, fusion: Fusion) -> Self {
-        let rng = &mut StdRng::seed_from_u64(geometry.elements() as u64 + 1);
-        let norm = Norm { fusion, ..Norm::new("test", geometry, EPS) };
-        let n = geometry.elements();
-        let mut pairs = [
-            random::<T>(rng, n, 0.5, 2.0),
-            random::<T>(rng, n, 0.1, 1.0),
-            random::<T>(rng, norm.params(), 1.0, 0.3),
-            random::<T>(rng, norm.params(), 0.2, 0.5),
-            random::<T>(rng, n, 0.1, 1.5),
-            random::<T>(rng, n, -0.2, 1.0),
-        ];
-        let exact = pairs.each_mut().map(|(_, exact)| std::mem::take(exact));
-        Case { norm, storages: pairs.map(|(storage, _)| storage), exact }
-    }
-
     /// Whatever is not fused, `f` over samples of their own parameters: what they return, one behind the other.
     fn by_sample<const N: usize>(
         &self,
@@ -146,18 +116,11 @@ impl Case {
         let pairs: Vec<_> = z.iter().zip(&self.exact[OTHER]).map(f).collect();
         [0, 1].map(|i| pairs.iter().map(|p| p[i]).collect())
     }
+}
 
-    fn call<'a>(&'a self, skip: bool) -> Forward<'a, CpuStorage> {
-        let other = Some(arg(&self.storages[OTHER]));
-        Forward {
-            weight: Some(arg(&self.storages[W])),
-            bias: Some(arg(&self.storages[B])),
-            skip: other.filter(|_| skip),
-            gate: other.filter(|_| self.norm.fusion.gate.is_some()),
-            keep: true,
-            ..Forward::new(self.norm, arg(&self.storages[X]))
-        }
-    }
+/// With parameters of x's type.
+fn case<T: WithDType>(g: Geometry, fusion: Fusion) -> Case {
+    Case::new::<T, T>(g, fusion, [0.5, 2.0])
 }
 
 /// dy without the elements where z is near a corner of an activation: rounding decides the slope there.
@@ -170,7 +133,7 @@ fn without_corners<T: WithDType>(case: &mut Case, skip: bool) {
 }
 
 fn check<T: Stored>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
-    let mut case = Case::new::<T>(g, fusion);
+    let mut case = case::<T>(g, fusion);
     without_corners::<T>(&mut case, skip);
     // With the feature the kernels of `CpuStorage` are the emulated ones.
     assert!(cfg!(feature = "cuda-emulation") || <CpuStorage as Kernels>::fuses(&case.norm, T::DTYPE));
@@ -214,17 +177,7 @@ fn check<T: Stored>(level: Level, g: Geometry, fusion: Fusion, skip: bool) {
             dskip: tensors && skip,
             dgate: tensors && fusion.gate.is_some(),
         };
-        let forward = case.call(skip);
-        let call = Backward {
-            weight: forward.weight,
-            bias: forward.bias,
-            skip: forward.skip,
-            gate: forward.gate,
-            fixed,
-            want,
-            ..Backward::new(case.norm, forward.x, arg(&case.storages[DY]), arg(&stats))
-        };
-        let got = backward::backward::<T>(level, &call).unwrap();
+        let got = backward::backward::<T>(level, &case.call_back(skip, &stats, fixed, want)).unwrap();
         let per_param = g.elements() / g.params().max(1);
         let walk = (per_param as f64).sqrt();
         let terms = |x: &[f64]| largest(x).max(1.0);
@@ -317,7 +270,7 @@ fn parameters_of_samples() {
 
 /// The sum is rounded, and normalized as if it had been there.
 fn residual<T: Stored>(level: Level, g: Geometry) {
-    let case = Case::new::<T>(g, Fusion::default());
+    let case = case::<T>(g, Fusion::default());
     let call = Forward { residual: Some(arg(&case.storages[RESIDUAL])), ..case.call(false) };
     let fused = forward::forward::<T>(level, &call).unwrap();
     let sum: Vec<T> = case.exact[X]
@@ -346,7 +299,7 @@ fn residuals() {
 
 /// Half types in an f32 stream: the sum is f32's, and y is that of the sum, rounded once.
 fn stream<T: Stored<Acc = f32>>(level: Level, g: Geometry) {
-    let (case, wide) = (Case::new::<T>(g, Fusion::default()), Case::new::<f32>(g, Fusion::default()));
+    let (case, wide) = (self::case::<T>(g, Fusion::default()), self::case::<f32>(g, Fusion::default()));
     let residual = Some(arg(&wide.storages[RESIDUAL]));
     let normed = forward::forward::<T>(level, &Forward { residual, ..case.call(false) }).unwrap();
     let both = case.exact[X].iter().zip(&wide.exact[RESIDUAL]);
@@ -391,7 +344,7 @@ fn rows_that_lie_apart() {
         .collect();
     let x = CpuStorage::F32(x);
     for level in Level::available() {
-        let case = Case::new::<f32>(g, Fusion::default());
+        let case = case::<f32>(g, Fusion::default());
         let norm = Norm { x_blocks: Some(blocks), ..case.norm };
         let run = |norm, x| forward::forward::<f32>(level, &Forward { norm, x, ..case.call(false) }).unwrap();
         let (a, b) = (run(norm, arg(&apart)), run(case.norm, arg(&x)));

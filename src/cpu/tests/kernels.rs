@@ -1,14 +1,14 @@
 //! Forward and backward at every level against the oracle.
 
+use super::case::{Case, DY, X};
 use super::oracle;
 use crate::cpu::level::Level;
 use crate::cpu::loops::Stored;
-use crate::cpu::{backward, forward};
+use crate::fusion::Fusion;
 use crate::geometry::{Affine, Geometry};
-use crate::request::{Arg, Backward, Forward, Norm, Want};
+use crate::request::Want;
 use candle_core::{CpuStorage, DType, Result, WithDType};
 use half::{bf16, f16};
-use rand::{rngs::StdRng, Rng, SeedableRng};
 
 pub(super) const EPS: f64 = 1e-5;
 
@@ -83,77 +83,9 @@ fn large() -> Vec<Geometry> {
     ]
 }
 
-struct Case<T: Stored> {
-    norm: Norm,
-    x: CpuStorage,
-    dy: CpuStorage,
-    w: CpuStorage,
-    b: CpuStorage,
-    /// The same values in f64.
-    exact: [Vec<f64>; 4],
-    t: std::marker::PhantomData<T>,
-}
-
-pub(super) fn random<T: WithDType>(
-    rng: &mut StdRng,
-    n: usize,
-    mean: f64,
-    std: f64,
-) -> (CpuStorage, Vec<f64>) {
-    // Uniform of the given mean and standard deviation.
-    let v: Vec<T> =
-        (0..n).map(|_| T::from_f64(mean + std * 12f64.sqrt() * (rng.random::<f64>() - 0.5))).collect();
-    let exact = v.iter().map(|x| x.to_f64()).collect();
-    (T::to_cpu_storage_owned(v), exact)
-}
-
-impl<T: Stored> Case<T> {
-    fn new(geometry: Geometry, mean: f64, std: f64) -> Self {
-        Self::with_params::<T::Acc>(geometry, mean, std)
-    }
-
-    fn with_params<P: WithDType>(geometry: Geometry, mean: f64, std: f64) -> Self {
-        let rng = &mut StdRng::seed_from_u64(geometry.elements() as u64);
-        let (x, ex) = random::<T>(rng, geometry.elements(), mean, std);
-        let (dy, edy) = random::<T>(rng, geometry.elements(), 0.1, 1.0);
-        let (w, ew) = random::<P>(rng, geometry.params(), 1.0, 0.3);
-        let (b, eb) = random::<P>(rng, geometry.params(), 0.2, 0.5);
-        let norm = Norm::new("test", geometry, EPS);
-        Case { norm, x, dy, w, b, exact: [ex, edy, ew, eb], t: std::marker::PhantomData }
-    }
-
-    fn forward(&self, level: Level) -> (Vec<T>, Vec<T::Acc>) {
-        let (weight, bias) = (Some(arg(&self.w)), Some(arg(&self.b)));
-        let call = Forward { weight, bias, keep: true, ..Forward::new(self.norm, arg(&self.x)) };
-        let outcome = forward::forward::<T>(level, &call).unwrap();
-        (outcome.y, outcome.stats.unwrap())
-    }
-
-    fn backward(&self, level: Level, stats: &[T::Acc], fixed: bool, want: Want) -> [Option<Vec<f64>>; 3] {
-        let stats = T::Acc::to_cpu_storage(stats);
-        let call = self.call(&stats, fixed, want);
-        let g = backward::backward::<T>(level, &call).unwrap();
-        [g.dx, g.dweight, g.dbias].map(|s| s.map(|s| to64(&s)))
-    }
-
-    fn call<'a>(&'a self, stats: &'a CpuStorage, fixed: bool, want: Want) -> Backward<'a, CpuStorage> {
-        let new = Backward::new(self.norm, arg(&self.x), arg(&self.dy), arg(stats));
-        Backward { weight: Some(arg(&self.w)), fixed, want, ..new }
-    }
-}
-
-pub(super) fn arg(storage: &CpuStorage) -> Arg<'_, CpuStorage> {
-    Arg { storage, offset: 0 }
-}
-
-pub(super) fn to64(s: &CpuStorage) -> Vec<f64> {
-    match s {
-        CpuStorage::F64(v) => v.clone(),
-        CpuStorage::F32(v) => v.iter().map(|x| *x as f64).collect(),
-        CpuStorage::F16(v) => v.iter().map(|x| x.to_f64()).collect(),
-        CpuStorage::BF16(v) => v.iter().map(|x| x.to_f64()).collect(),
-        _ => unreachable!(),
-    }
+/// A norm with nothing around it.
+fn plain<T: Stored>(g: Geometry) -> Case {
+    Case::new::<T, T::Acc>(g, Fusion::default(), [0.5, 2.0])
 }
 
 fn all_to64<T: WithDType>(v: &[T]) -> Vec<f64> {
@@ -208,12 +140,12 @@ const ALL: Want =
 
 fn check<T: Stored>(level: Level, mut g: Geometry, center: bool) {
     g.center = center;
-    let c = Case::<T>::new(g, 0.5, 2.0);
-    let [x, dy, w, b] = &c.exact;
+    let c = plain::<T>(g);
+    let [x, dy, w, b, ..] = &c.exact;
     let exact = oracle::statistics(&g, x);
     let what = |part: &str| format!("{part} at {} of {:?}, {g:?}", level.name(), T::DTYPE);
 
-    let (y, stats) = c.forward(level);
+    let (y, stats) = c.forward::<T>(level);
     let expected = oracle::forward(&g, EPS, x, &exact, w, b);
     // A set of one element, or of equal ones, leaves the bias and rounding errors times 1/sqrt(eps).
     let error = worst(&all_to64(&y), &expected, largest(&expected));
@@ -237,10 +169,10 @@ fn check<T: Stored>(level: Level, mut g: Geometry, center: bool) {
                 assert!(error < limits[i], "{name}: {error:e} > {:e}", limits[i]);
             }
         };
-        compare(c.backward(level, &stats, fixed, ALL), [true; 3]);
+        compare(c.backward::<T>(level, &stats, fixed, ALL), [true; 3]);
         let lone = Want { dx: true, ..Want::default() };
-        compare(c.backward(level, &stats, fixed, lone), [true, false, false]);
-        compare(c.backward(level, &stats, fixed, Want { dx: false, ..ALL }), [false, true, true]);
+        compare(c.backward::<T>(level, &stats, fixed, lone), [true, false, false]);
+        compare(c.backward::<T>(level, &stats, fixed, Want { dx: false, ..ALL }), [false, true, true]);
     }
 }
 
@@ -291,14 +223,14 @@ fn bf16_large() {
 #[test]
 fn any_number_of_threads_gives_the_same_bits() -> Result<()> {
     for g in large() {
-        let c = Case::<f32>::new(g, 0.5, 2.0);
+        let c = plain::<f32>(g);
         let all = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             pool.install(|| {
                 let level = Level::available()[0];
-                let (y, stats) = c.forward(level);
-                let gradients = c.backward(level, &stats, false, ALL);
-                let fixed = c.backward(level, &stats, true, ALL);
+                let (y, stats) = c.forward::<f32>(level);
+                let gradients = c.backward::<f32>(level, &stats, false, ALL);
+                let fixed = c.backward::<f32>(level, &stats, true, ALL);
                 (y, stats, gradients, fixed)
             })
         };
@@ -314,18 +246,17 @@ fn elements<T: WithDType>(storage: &CpuStorage) -> Vec<T> {
 }
 
 fn not_finite<T: Stored>(g: Geometry) {
-    let clean = Case::<T>::new(g, 0.5, 2.0);
-    let mut dirty = Case::<T>::new(g, 0.5, 2.0);
-    let (mut x, mut dy) = (elements::<T>(&dirty.x), elements::<T>(&dirty.dy));
+    let (clean, mut dirty) = (plain::<T>(g), plain::<T>(g));
+    let [mut x, mut dy] = [X, DY].map(|i| elements::<T>(&dirty.storages[i]));
     // The last element of the first set, and the first one of the last.
     let last = (g.rows - 1) * g.width + g.run - 1;
     (x[last], dy[last]) = (T::from_f64(f64::NAN), T::from_f64(f64::INFINITY));
     x[g.first(g.sets() - 1)] = T::from_f64(f64::INFINITY);
-    (dirty.x, dirty.dy) = (T::to_cpu_storage_owned(x), T::to_cpu_storage_owned(dy));
+    (dirty.storages[X], dirty.storages[DY]) = (T::to_cpu_storage_owned(x), T::to_cpu_storage_owned(dy));
     for level in Level::available() {
-        let run = |case: &Case<T>| {
-            let (y, stats) = case.forward(level);
-            let [dx, ..] = case.backward(level, &stats, false, ALL);
+        let run = |case: &Case| {
+            let (y, stats) = case.forward::<T>(level);
+            let [dx, ..] = case.backward::<T>(level, &stats, false, ALL);
             (all_to64(&y), dx.unwrap())
         };
         let ((y, dx), (dirty_y, dirty_dx)) = (run(&clean), run(&dirty));
@@ -357,11 +288,11 @@ fn far_from_zero() {
     for (mean, std) in [(1e4, 1.0), (1e3, 0.1), (1e4, 0.01)] {
         // A few elements may by chance lie closer together than f32 can tell apart.
         for g in small().into_iter().filter(|g| g.set_len() > 40) {
-            let c = Case::<f32>::new(g, mean, std);
-            let [x, _, w, b] = &c.exact;
+            let c = Case::new::<f32, f32>(g, Fusion::default(), [mean, std]);
+            let [x, _, w, b, ..] = &c.exact;
             let expected = oracle::forward(&g, EPS, x, &oracle::statistics(&g, x), w, b);
             for level in Level::available() {
-                let y = all_to64(&c.forward(level).0);
+                let y = all_to64(&c.forward::<f32>(level).0);
                 let square = |v: f64| v * v;
                 let off: f64 = y.iter().zip(&expected).map(|(y, e)| square(y - e)).sum();
                 let error = (off / expected.iter().map(|e| square(*e)).sum::<f64>()).sqrt();

@@ -1,5 +1,6 @@
 //! Every level of this machine against a scalar oracle in f64, on every way in which kernels walk.
 
+mod case;
 mod functions;
 mod fused;
 mod kernels;

@@ -7,6 +7,7 @@ use crate::cpu::tile::Cut;
 use crate::geometry::{Affine, Geometry};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 #[test]
 fn widening_is_exact_for_every_half() {
@@ -110,7 +111,43 @@ fn every_item_is_worked_on_once() {
         let count = |i: usize| {
             seen[i].fetch_add(1, Ordering::Relaxed);
         };
-        pool.install(|| for_each((0..items).collect(), || (), |(), i| count(i)));
+        pool.install(|| for_each(0..items, usize::MAX, || (), |(), i| count(i)));
         assert!(seen.iter().all(|n| n.load(Ordering::Relaxed) == 1), "{items} items, {threads} threads");
     }
+}
+
+#[test]
+fn a_panic_of_any_thread_arrives() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
+    for bad in 0..40 {
+        let one = |_: &mut (), i: usize| {
+            std::thread::sleep(Duration::from_micros(50));
+            assert!(i != bad, "item {bad}");
+        };
+        let run = || pool.install(|| for_each(0..40, usize::MAX, || (), one));
+        assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err(), "item {bad}");
+    }
+}
+
+/// Where `ALONE` of `parallel.rs` comes from: cargo test --release --lib -- what_a_thread_costs --ignored --nocapture
+#[test]
+#[ignore = "prints times"]
+fn what_a_thread_costs() {
+    let median = |mut f: Box<dyn FnMut()>| {
+        let mut times: Vec<_> = (0..500)
+            .map(|_| {
+                std::thread::sleep(Duration::from_micros(200)); // the pool's threads fall asleep
+                let start = Instant::now();
+                f();
+                start.elapsed()
+            })
+            .collect();
+        times.sort();
+        times[times.len() / 2]
+    };
+    rayon::in_place_scope(|scope| scope.spawn(|_| ())); // starts the pool
+    let scope = || rayon::in_place_scope(|scope| scope.spawn(|_| ()));
+    println!("a scope that waits for a thread: {:?}", median(Box::new(scope)));
+    let door = || for_each(0..2, usize::MAX, || (), |(), _| ());
+    println!("a thread that may come: {:?}", median(Box::new(door)));
 }

@@ -5,7 +5,7 @@ use super::ran;
 use crate::cpu::affine::Form;
 use crate::cpu::level::Level;
 use crate::cpu::loops::{Conversions, Fused, Loops};
-use crate::cpu::plan::{Asked, Backward, Forward, From, Visit, Walk};
+use crate::cpu::plan::{past_from_of, Asked, Backward, Forward, From, Visit, Walk};
 use crate::fusion::{Activation, Fusion, Gate};
 use crate::geometry::{Affine, Geometry};
 use half::bf16;
@@ -94,6 +94,14 @@ fn plans_as_a_table() {
         let plan = Backward::new(&g, form, 8, asked(true));
         assert_eq!((walk(&plan.sums), walk(&plan.dx), plan.means), (None, Some(fixed), None), "{name}");
     }
+}
+
+#[test]
+fn a_cache_that_hundreds_share_is_not_one_threads() {
+    let mib = |n: usize| n << 20;
+    assert_eq!(past_from_of(mib(32), 2), mib(24));
+    assert_eq!(past_from_of(mib(480), 2), mib(24));
+    assert_eq!(past_from_of(mib(480), 60), mib(360));
 }
 
 /// Fails on a level's walk or loop that no test has reached: one for each type, which has code of its own.

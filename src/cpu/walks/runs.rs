@@ -44,7 +44,7 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
     let short = n * size_of::<T>() <= SHORT;
     let step = step(n * size_of::<T>(), 1);
     let mut stats = [Stat::ZERO; MOST];
-    let mut constants = vec![];
+    let mut constants = Vec::with_capacity(step);
     for set in sets.clone().step_by(step) {
         let at = place(g, set);
         let x = k.x.block(at, n, step.min(sets.end - set), n);
