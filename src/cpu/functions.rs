@@ -1,7 +1,7 @@
 //! Activations and their slopes: in vectors of f32, lane by lane of f64.
 //!
-//! A sigmoid's error is that of an exponential, a sum and a quotient, each rounded: at most 3 units in the last
-//! place over all of f32, where it is subnormal, too.
+//! Over all of f32 a value is at most 2 units in the last place from the exact one, where it is subnormal, too. A
+//! sigmoid's error is that of an exponential, a sum and a quotient, each rounded.
 
 #![allow(clippy::excessive_precision, unsafe_code)]
 
@@ -17,13 +17,16 @@ fn c<S: Simd>(s: S, x: f32) -> F<S> {
     F::<S>::splat(s, x)
 }
 
+/// `sqrt(8 / pi)`.
+const GELU_K: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::SQRT_2;
+
 /// From here on `x e^-x` has long been zero.
 const FAR: f32 = 112.0;
 
-/// `e^x = (1 + t) * b / a`, where `t` lies between -0.3 and 0.42 and `a`, `b` are powers of two: two of them, so that what
-/// they are multiplied with may stay normal until the last. As if x were no further from zero than `FAR`.
+/// `e^(x - less) = (1 + t) * b / a`, where `t` lies between -0.3 and 0.42 and `a`, `b` are powers of two: two of them, so
+/// that what they are multiplied with may stay normal until the last. As if x were no further from zero than `FAR`.
 #[inline(always)]
-fn exp_parts<S: Simd>(s: S, x: F<S>) -> [F<S>; 3] {
+fn exp_parts<S: Simd>(s: S, x: F<S>, less: F<S>) -> [F<S>; 3] {
     // NaN stays.
     let x = x.le(c(s, -FAR), c(s, -FAR), x);
     let x = c(s, FAR).le(x, c(s, FAR), x);
@@ -32,7 +35,7 @@ fn exp_parts<S: Simd>(s: S, x: F<S>) -> [F<S>; 3] {
     let n = x.fma(c(s, std::f32::consts::LOG2_E), magic) - magic;
     // ln 2 in two parts; the first has so few bits that the product is exact (Cody and Waite).
     let r = n.fma(c(s, -0.693_359_375), x);
-    let r = n.fma(c(s, 2.121_944_4e-4), r);
+    let r = n.fma(c(s, 2.121_944_4e-4), r) - less;
     // Cephes' expf: a minimax polynomial on [-ln 2 / 2, ln 2 / 2].
     let q = c(s, 1.987_569_1e-4).fma(r, c(s, 1.398_2e-3));
     let q = q.fma(r, c(s, 8.333_452e-3));
@@ -43,36 +46,32 @@ fn exp_parts<S: Simd>(s: S, x: F<S>) -> [F<S>; 3] {
     [(r * r).fma(q, r), half.pow2(), (n + half).pow2()]
 }
 
-/// `v / (1 + e^-x)`, exact where the quotient is small, too; v is x or about as large, or 1.
+/// `v / (1 + e^-(x + more))`, exact where the quotient is small, too; v is x or about as large, or 1.
 #[inline(always)]
-fn times_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>) -> F<S> {
-    let [t, a, b] = exp_parts(s, c(s, 0.0) - x);
+fn times_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
+    let [t, a, b] = exp_parts(s, c(s, 0.0) - x, more);
+    // Rounds far from x = 0 only, and matters on one side: what it loses of a.
+    let sum = a + b;
+    let lost = (b - sum) + a;
     // Far below it is zero; but of an infinite v NaN.
-    x.le(c(s, -FAR), v * c(s, 0.0), v.div(t.fma(b, a + b)) * a)
+    x.le(c(s, -FAR), v * c(s, 0.0), v.div(t.fma(b, lost) + sum) * a)
 }
 
 #[inline(always)]
 fn sigmoid<S: Simd>(s: S, x: F<S>) -> F<S> {
-    times_sigmoid(s, c(s, 1.0), x)
+    times_sigmoid(s, c(s, 1.0), [x, c(s, 0.0)])
 }
 
 /// `x * sigmoid(x)`.
 #[inline(always)]
 pub(super) fn silu<S: Simd>(s: S, x: F<S>) -> F<S> {
-    times_sigmoid(s, x, x)
+    times_sigmoid(s, x, [x, c(s, 0.0)])
 }
 
 #[inline(always)]
 pub(super) fn silu_slope<S: Simd>(s: S, x: F<S>) -> F<S> {
     let (one, y) = (c(s, 1.0), sigmoid(s, x));
     y * (x * (one - y) + one)
-}
-
-/// Twice what GELU's approximation takes the hyperbolic tangent of: `(1 + tanh(u)) / 2 = sigmoid(2 u)`.
-#[inline(always)]
-fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> F<S> {
-    let k = (8.0 / std::f64::consts::PI).sqrt() as f32;
-    x * c(s, k) * (x * x).fma(c(s, 0.044715), c(s, 1.0))
 }
 
 /// `f` of each lane in f64.
@@ -86,6 +85,17 @@ macro_rules! by_lane {
             <F<S> as Convert<S, f32, f32>>::load($s, lanes.as_ptr())
         }
     }};
+}
+
+/// Twice what GELU's approximation takes the hyperbolic tangent of, `(1 + tanh(u)) / 2 = sigmoid(2 u)`, and what rounding
+/// left of it: of an exponent near 100 half a unit in the last place is 60 of the power.
+#[inline(always)]
+fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
+    // Beyond, the sigmoid is 0 or 1.
+    let (least, most) = (c(s, -12.0), c(s, 12.0));
+    let x = x.le(least, least, most.le(x, most, x));
+    let exact = |x: f64| GELU_K * (x + 0.044715 * x * x * x);
+    [by_lane!(s, x, exact), by_lane!(s, x, |x| exact(x) - f64::from(exact(x) as f32))]
 }
 
 /// `activation(z)`.
@@ -126,12 +136,11 @@ pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
         }
         Activation::Gelu => by_lane!(s, z, |z| slope_f64(Activation::Gelu, z)),
         Activation::GeluTanh => {
-            let twice_u = gelu_twice_u(s, z);
-            let y = sigmoid(s, twice_u);
-            let k = (8.0 / std::f64::consts::PI).sqrt() as f32;
-            let inner = c(s, k) * (z * z).fma(c(s, 3.0 * 0.044715), one);
+            let [u, more] = gelu_twice_u(s, z);
+            let y = times_sigmoid(s, one, [u, more]);
+            let inner = c(s, GELU_K as f32) * (z * z).fma(c(s, 3.0 * 0.044715), one);
             // Where the sigmoid is 1 or 0 the cube may be infinite.
-            let bent = y * sigmoid(s, zero - twice_u);
+            let bent = y * times_sigmoid(s, one, [zero - u, zero - more]);
             y + bent.le(zero, zero, bent * z * inner)
         }
     }
@@ -183,7 +192,7 @@ pub(super) fn value_f64(activation: Activation, z: f64) -> f64 {
         Activation::HardSwish => z * (z + 3.0) / 6.0,
         // The complement keeps its digits where 1 + erf would lose them.
         Activation::Gelu => 0.5 * z * erfc_f64(-z * std::f64::consts::FRAC_1_SQRT_2),
-        Activation::GeluTanh => z * sigmoid((8.0 / std::f64::consts::PI).sqrt() * (z + 0.044715 * z * z * z)),
+        Activation::GeluTanh => z * sigmoid(GELU_K * (z + 0.044715 * z * z * z)),
     }
 }
 
@@ -206,7 +215,7 @@ pub(super) fn slope_f64(activation: Activation, z: f64) -> f64 {
             0.5 * erfc_f64(-z * std::f64::consts::FRAC_1_SQRT_2) + bent
         }
         Activation::GeluTanh => {
-            let k = (8.0 / std::f64::consts::PI).sqrt();
+            let k = GELU_K;
             let y = sigmoid(k * (z + 0.044715 * z * z * z));
             let bent = y * (1.0 - y);
             let bent = if bent == 0.0 { 0.0 } else { bent * z * k * (1.0 + 3.0 * 0.044715 * z * z) };
