@@ -8,7 +8,8 @@
 # call that an import cannot replace: Conv2d::absorb_bn in FastViT.
 #
 # Needs cargo and the network. Arguments: parts of models' names, for those alone; `--seed N` for other weights;
-# `--variables` for the gradients of each variable, the dozen furthest apart.
+# `--variables` for the gradients of each variable, the dozen furthest apart. `--fused`, the first: the two models of
+# docs/fusing.md with its changes.
 set -eu
 cd "$(dirname "$0")"
 version=0.11.1
@@ -53,8 +54,16 @@ path = \"../../nn-$zoo\"" "zoo/$zoo/Cargo.toml"
     done
     sed -i.orig 's/\.absorb_bn(/.fold_batch_norm(/; s/^use candle_nn::{/use candle_nn::{FoldBatchNorm, /' \
         zoo/ours/src/models/fastvit.rs
+    printf '\n[dependencies.candle-norm]\npath = "../../../.."\n' >> zoo/ours/Cargo.toml
     [ -f Cargo.lock ] || cp zoo/fetch/Cargo.lock Cargo.lock
     touch zoo/made
 fi
 [ "${1:-}" = --prepare ] && exit
+if [ "${1:-}" = --fused ]; then
+    shift
+    awk '/^```diff/ { on = 1; next } /^```/ { on = 0 } on' ../../docs/fusing.md > zoo/fused.diff
+    patch --directory=zoo/ours --strip=1 --forward < zoo/fused.diff
+    trap 'patch --directory=zoo/ours --strip=1 --reverse < zoo/fused.diff' EXIT
+    set -- "$@" llama stable_diffusion
+fi
 cargo run --quiet -- "$@"
