@@ -9,6 +9,7 @@ use candle_core::backprop::GradStore;
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, Var};
 use candle_nn::{Module, ModuleT};
 use candle_norm::functional as norm;
+use std::hint::black_box;
 
 pub const EPS: f64 = 1e-5;
 pub const MOMENTUM: f64 = 0.1;
@@ -61,11 +62,20 @@ pub enum Mode {
 }
 
 impl Mode {
-    fn param(self, var: &Var) -> Tensor {
+    pub fn param(self, var: &Var) -> Tensor {
         match self {
             Mode::Forward => var.as_detached_tensor(),
             Mode::ForwardBackward => var.as_tensor().clone(),
         }
+    }
+
+    /// What comes after a forward whose outputs have the gradient `dy`.
+    pub fn finish(self, outputs: Outputs, dy: &Tensor) -> Result<()> {
+        match self {
+            Mode::Forward => drop(black_box(outputs)),
+            Mode::ForwardBackward => drop(black_box(backward(&outputs, dy)?)),
+        }
+        Ok(())
     }
 }
 
@@ -96,6 +106,11 @@ pub fn candle_norm(row: &Row, inputs: &Inputs, mode: Mode) -> Layer {
         }
         .map(Outputs::one)
     })
+}
+
+/// Of a row with more than a norm, candle-norm's norm alone.
+pub fn plain(row: &Row, inputs: &Inputs, mode: Mode) -> Option<Layer> {
+    row.case.norm.is_fused().then(|| fused::plain(row, Args::new(inputs, mode)))
 }
 
 /// An error where candle-nn has no such layer or cannot run it in the row's dtype.

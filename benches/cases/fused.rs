@@ -35,6 +35,27 @@ pub fn candle_norm(row: &Row, args: Args) -> Layer {
     })
 }
 
+/// candle-norm's norm of a row without what stands around it: what that may cost is reckoned from here.
+pub fn plain(row: &Row, args: Args) -> Layer {
+    let (kind, shape) = (row.case.norm, row.case.shape);
+    let n = [if kind == Norm::LayerNorm2d { shape[1] } else { shape[shape.len() - 1] }];
+    Box::new(move |x| {
+        let Args { weight, bias, mean, var, .. } = &args;
+        let (w, b) = (Some(weight), bias.as_ref());
+        match kind {
+            Norm::AddLayerNorm => norm::layer_norm(x, &n, w, b, EPS),
+            Norm::AddRmsNorm | Norm::GatedRmsNorm => norm::rms_norm(x, &n, w, EPS),
+            Norm::GroupNormSilu { groups } => norm::group_norm(x, groups, w, b, EPS),
+            Norm::BatchNormSkipRelu => norm::batch_norm(x, Some(mean), Some(var), w, b, true, MOMENTUM, EPS),
+            Norm::ModulatedLayerNorm => norm::layer_norm(x, &n, None, None, EPS),
+            // As many elements, in rows.
+            Norm::LayerNorm2d => norm::layer_norm(&x.reshape(((), n[0]))?, &n, w, b, EPS)?.reshape(x.shape()),
+            _ => bail!("{kind} is a plain norm"),
+        }
+        .map(Outputs::one)
+    })
+}
+
 pub fn candle_nn(row: &Row, args: Args, mode: Mode) -> Result<Layer> {
     let kind = row.case.norm;
     let Args { weight, bias, other, mean, var } = args;

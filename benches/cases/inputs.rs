@@ -21,7 +21,7 @@ pub struct Inputs {
 
 impl Inputs {
     pub fn new(row: &Row) -> Result<Self> {
-        let mut random = Random(SmallRng::seed_from_u64(0x5eed ^ row.elements() as u64));
+        let mut random = Random::new(0x5eed ^ row.elements() as u64);
         let params = row.params();
         let x = random.tensor(row.case.shape, 0.25, 1.5)?.to_dtype(row.dtype)?;
         let dy = random.tensor(row.case.shape, 0.1, 0.8)?.to_dtype(row.dtype)?;
@@ -50,11 +50,15 @@ impl Inputs {
     }
 }
 
-struct Random(SmallRng);
+pub struct Random(SmallRng);
 
 impl Random {
+    pub fn new(seed: u64) -> Self {
+        Self(SmallRng::seed_from_u64(seed))
+    }
+
     /// Roughly normal values: the sum of three uniform ones has their mean and standard deviation.
-    fn tensor(&mut self, shape: &[usize], mean: f32, std: f32) -> Result<Tensor> {
+    pub fn tensor(&mut self, shape: &[usize], mean: f32, std: f32) -> Result<Tensor> {
         let n: usize = shape.iter().product();
         let values: Vec<f32> = (0..n)
             .map(|_| {

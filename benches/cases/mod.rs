@@ -92,10 +92,25 @@ impl Norm {
             // x, the other; y. Both, dy; a gradient for each.
             Norm::BatchNormSkipRelu | Norm::GatedRmsNorm => [3, 5],
             // x; y. x, dy; dx.
-            _ => [2, 3],
+            _ => PLAIN,
         }
     }
+
+    /// What is read and written besides the norm's own, by a forward or by a forward and its backward.
+    pub fn further_tensors(self, backward: bool) -> usize {
+        let of = |[forward, back]: [usize; 2]| if backward { forward + back } else { forward };
+        of(self.tensors()) - of(PLAIN)
+    }
 }
+
+/// A norm's own tensors of x's size.
+const PLAIN: [usize; 2] = [2, 3];
+
+/// A row with more than a norm may take so many times what the norm takes, and a copy for each further tensor: the
+/// forward, and the forward with its backward.
+pub const LIMITS: [f64; 2] = [1.15, 1.3];
+/// And must be so many times as fast as candle's composition.
+pub const BESIDE_CANDLE: f64 = 3.0;
 
 impl fmt::Display for Norm {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

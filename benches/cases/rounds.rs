@@ -123,8 +123,14 @@ impl Rounds {
 
     /// One's time over another's, round by round.
     pub fn ratio(&self, over: &str, under: &str) -> Option<Spread> {
-        let pairs = self.times(over)?.iter().zip(self.times(under)?);
-        Some(Spread::of(pairs.map(|(over, under)| over / under).collect()))
+        self.ratio_to_sum(over, under, 0.0, under)
+    }
+
+    /// One's time over another's and `times` that of a third.
+    pub fn ratio_to_sum(&self, over: &str, under: &str, times: f64, third: &str) -> Option<Spread> {
+        let (over, under, third) = (self.times(over)?, self.times(under)?, self.times(third)?);
+        let ratio = |((over, under), third): ((&f64, &f64), &f64)| over / (under + times * third);
+        Some(Spread::of(over.iter().zip(under).zip(third).map(ratio).collect()))
     }
 }
 

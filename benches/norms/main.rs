@@ -20,7 +20,6 @@ use cases::rounds::{self, Contender, Rounds, Settings};
 use cases::{Norm, Row};
 use clap::Parser;
 use compare::Errors;
-use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use table::Line;
@@ -151,6 +150,8 @@ struct Bench {
     ours: Layer,
     /// `None` where candle-nn cannot run the row.
     theirs: Option<Layer>,
+    /// The norm alone, of a row with more.
+    plain: Option<Layer>,
     errors: Errors,
 }
 
@@ -161,20 +162,18 @@ impl Bench {
         let theirs = contenders::candle_nn(&row, &inputs, mode)?;
         let errors = compare::both(&row, &inputs, mode, &ours, &theirs)?;
         let theirs = errors.theirs.map(|_| theirs);
-        Ok(Self { row, mode, inputs, ours, theirs, errors })
+        let plain = contenders::plain(&row, &inputs, mode);
+        Ok(Self { row, mode, inputs, ours, theirs, plain, errors })
     }
 
     fn step(&self, layer: &Layer) -> Result<()> {
-        let y = layer(&contenders::input(&self.inputs, self.mode))?;
-        match self.mode {
-            Mode::Forward => drop(black_box(y)),
-            Mode::ForwardBackward => drop(black_box(contenders::backward(&y, &self.inputs.dy)?)),
-        }
-        Ok(())
+        let outputs = layer(&contenders::input(&self.inputs, self.mode))?;
+        Ok(self.mode.finish(outputs, &self.inputs.dy)?)
     }
 
     /// The step's memory; candle-norm's is checked.
     fn try_once(&self) -> Result<[Option<Memory>; 2]> {
+        self.plain.as_ref().map(|plain| self.step(plain)).transpose()?;
         let Mode::ForwardBackward = self.mode else {
             self.step(&self.ours)?;
             return Ok([None, None]);
@@ -205,6 +204,9 @@ impl Bench {
         let mut contenders = vec![Contender::new("candle-norm", || self.step(&self.ours))];
         if let Some(theirs) = &self.theirs {
             contenders.push(Contender::new("candle-nn", || self.step(theirs)));
+        }
+        if let Some(plain) = &self.plain {
+            contenders.push(Contender::new("plain", || self.step(plain)));
         }
         contenders.push(Contender::new("copy", || {
             copy.run();

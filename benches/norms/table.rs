@@ -3,7 +3,7 @@
 use crate::cases::contenders::Mode;
 use crate::cases::memory::Memory;
 use crate::cases::rounds::{Rounds, Spread};
-use crate::cases::Row;
+use crate::cases::{Row, BESIDE_CANDLE, LIMITS};
 use crate::compare::Errors;
 use candle_core::DType;
 use std::fmt::Write;
@@ -39,6 +39,29 @@ impl Line {
         self.rounds.ratio("copy", "candle-norm").expect("both ran").times(self.moved())
     }
 
+    /// Of a row with more than a norm: the time over that of the norm and a copy for each further tensor.
+    pub fn of_plain(&self) -> Option<Spread> {
+        let copies = self.row.case.norm.further_tensors(self.mode == Mode::ForwardBackward);
+        self.rounds.ratio_to_sum("candle-norm", "plain", copies as f64, "copy")
+    }
+
+    fn limit(&self) -> f64 {
+        LIMITS[(self.mode == Mode::ForwardBackward) as usize]
+    }
+
+    /// Which of its goals a row with more than a norm misses.
+    fn misses(&self) -> Vec<String> {
+        let Some(of_plain) = self.of_plain() else { return vec![] };
+        let mut misses = vec![];
+        if of_plain.median > self.limit() {
+            misses.push(format!("{:.2} times the norm, limit {}", of_plain.median, self.limit()));
+        }
+        if let Some(ratio) = self.ratio().filter(|ratio| ratio.median < BESIDE_CANDLE) {
+            misses.push(format!("{:.1} times as fast as candle-nn, goal {BESIDE_CANDLE}", ratio.median));
+        }
+        misses
+    }
+
     pub fn agrees(&self) -> bool {
         self.share().agrees() && self.ratio().is_none_or(|ratio| ratio.agrees())
     }
@@ -58,8 +81,8 @@ impl Line {
 pub fn head() -> String {
     format!(
         "times: median of the rounds; times as fast as candle-nn: median (least-most) of the rounds' ratios\n\n\
-         {:<20} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6} {:>10}\n",
-        "norm", "shape", "dtype", "mode", "candle-norm", "candle-nn", "times as fast", "GB/s", "of a copy's"
+         {:<20} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6} {:>10} {:>8}\n",
+        "norm", "shape", "dtype", "mode", "candle-norm", "candle-nn", "times as fast", "GB/s", "of a copy's", "of plain"
     )
 }
 
@@ -67,7 +90,7 @@ pub fn render(line: &Line) -> String {
     let ratio =
         line.ratio().map_or("n/a".into(), |r| format!("{:.1} ({:.1}-{:.1})", r.median, r.low, r.high));
     format!(
-        "{:<20} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6.1} {:>9.0}% {}\n",
+        "{:<20} {:<13} {:<5} {:<16} {:>11} {:>11}   {:<18} {:>6.1} {:>9.0}% {:>8} {}{}\n",
         line.row.case.norm.to_string(),
         line.row.shape(),
         line.row.dtype.as_str(),
@@ -77,7 +100,9 @@ pub fn render(line: &Line) -> String {
         ratio,
         line.bandwidths().0,
         100.0 * line.share().median,
+        line.of_plain().map_or(String::new(), |r| format!("{:.2}", r.median)),
         if line.agrees() { "" } else { "?" },
+        if line.misses().is_empty() { "" } else { "!" },
     )
 }
 
@@ -96,12 +121,31 @@ pub fn summary(lines: &[Line]) -> String {
         }
     }
     out += &memory(lines);
+    out += &goals(lines);
     let disagree = lines.iter().filter(|line| !line.agrees()).count();
     if disagree > 0 {
         let _ = writeln!(
             out,
             "{disagree} rows are marked '?': half of their rounds lie more than a quarter apart, after more of them too"
         );
+    }
+    out
+}
+
+/// The rows with more than a norm that miss a goal.
+fn goals(lines: &[Line]) -> String {
+    let fused = lines.iter().filter(|line| line.of_plain().is_some()).count();
+    let missed: Vec<&Line> = lines.iter().filter(|line| !line.misses().is_empty()).collect();
+    if fused == 0 {
+        return String::new();
+    }
+    let mut out = format!(
+        "\nof {fused} rows with more than a norm {} miss a goal (of plain: the time over that of the norm alone and a copy for each \
+         further tensor):\n",
+        missed.len()
+    );
+    for line in missed {
+        let _ = writeln!(out, "{} {}: {}", line.row, mode_name(line.mode), line.misses().join("; "));
     }
     out
 }
@@ -144,16 +188,20 @@ fn time(ns: f64) -> String {
 pub fn csv(lines: &[Line]) -> String {
     let mut out = String::from(
         "norm,shape,model,dtype,mode,candle_norm_ns,candle_nn_ns,times_as_fast,least,most,gb_per_s,\
-         copy_gb_per_s,share_of_copy,rounds_agree,candle_norm_error,candle_nn_error,candle_norm_kept,candle_norm_peak,candle_nn_kept,candle_nn_peak\n",
+         copy_gb_per_s,share_of_copy,rounds_agree,candle_norm_error,candle_nn_error,candle_norm_kept,candle_norm_peak,candle_nn_kept,candle_nn_peak,plain_ns,of_plain,limit,misses\n",
     );
     let spread =
         |s: Option<Spread>| s.map_or(",,".into(), |s| format!("{:.3},{:.3},{:.3}", s.median, s.low, s.high));
+    let plain = |line: &Line| match (line.time("plain"), line.of_plain()) {
+        (Some(ns), Some(of)) => format!("{ns:.1},{:.3},{},{}", of.median, line.limit(), line.misses().len()),
+        _ => ",,,".into(),
+    };
     let memory = |m: Option<Memory>| m.map_or(",".into(), |m| format!("{},{}", m.kept, m.peak));
     for line in lines {
         let (bandwidth, copy) = line.bandwidths();
         let _ = writeln!(
             out,
-            "{},{},\"{}\",{},{},{:.1},{},{},{bandwidth:.3},{copy:.3},{:.4},{},{:.2e},{},{},{}",
+            "{},{},\"{}\",{},{},{:.1},{},{},{bandwidth:.3},{copy:.3},{:.4},{},{:.2e},{},{},{},{}",
             line.row.case.norm,
             line.row.shape(),
             line.row.case.model,
@@ -168,6 +216,7 @@ pub fn csv(lines: &[Line]) -> String {
             line.errors.theirs.map_or(String::new(), |v| format!("{v:.2e}")),
             memory(line.memory[0]),
             memory(line.memory[1]),
+            plain(line),
         );
     }
     out

@@ -207,19 +207,23 @@ def memory(row):
     dtype, param_dtype = (getattr(torch, NAMES[row[key]]) for key in ("dtype", "param_dtype"))
     shape, n = row["shape"], row["params"]
     tensors = {"x": torch.randn(shape).to(dtype), "dy": torch.randn(shape).to(dtype)}
-    names = ("weight", "bias") if row["norm"] != "RMSNorm" else ("weight",)
+    names = [name for name in ("weight", "bias") if name == "weight" or row["bias"]]
     tensors |= {name: torch.randn(n).to(param_dtype) for name in names}
+    if row["other"]:
+        tensors["other"] = torch.randn(shape).to(dtype)
     tensors |= {"running_mean": torch.zeros(n), "running_var": torch.ones(n)}
     opened = Open(row, tensors)
-    x, weight, bias, _ = opened.arguments(tracked=True)
+    arguments = opened.arguments(tracked=True)
     # Thread pools and the like exist before the measured step.
-    opened.forward(torch.randn([1, *shape[1:]]).to(dtype), weight.detach(), None if bias is None else bias.detach())
+    of_one = lambda a: a.detach()[:1].clone() if a.dim() > 1 else a.detach()
+    opened.forward(*(None if a is None else of_one(a) for a in arguments))
     with open("/proc/self/clear_refs", "w") as reset:
         reset.write("5")
     before = status("VmRSS")
-    y = opened.forward(x, weight, bias)
+    outputs = opened.forward(*arguments)
     kept = status("VmRSS") - before
-    y.backward(tensors["dy"])
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [tensors["dy"]] * len(outputs))
     return {"x": row["bytes"], "kept": kept, "peak": status("VmHWM") - before}
 
 

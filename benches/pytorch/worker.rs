@@ -77,8 +77,13 @@ fn describe(row: &Row) -> Value {
         "model": row.case.model,
         "dtype": row.dtype.as_str(),
         "params": row.params(),
+        "bias": row.case.norm.has_bias(),
+        "other": row.case.norm.has_other(),
         "fused": row.case.norm.is_fused(),
         "tensors": row.case.norm.tensors(),
+        "further": [row.case.norm.further_tensors(false), row.case.norm.further_tensors(true)],
+        "limits": cases::LIMITS,
+        "beside candle": cases::BESIDE_CANDLE,
         "param_dtype": row.param_dtype().as_str(),
         "bytes": row.bytes(),
         "eps": contenders::EPS,
@@ -149,6 +154,13 @@ impl Open {
                 let layer = contenders::candle_norm(row, inputs, mode);
                 time(calls, || forward(&layer))
             }
+            ("plain", "forward" | "step") => {
+                let layer = contenders::plain(row, inputs, mode).context("a norm alone")?;
+                match mode {
+                    Mode::Forward => time(calls, || forward(&layer)),
+                    Mode::ForwardBackward => time(calls, || step(&layer)),
+                }
+            }
             ("candle-nn", "forward") => {
                 let layer = contenders::candle_nn(row, inputs, mode)?;
                 time(calls, || forward(&layer))
@@ -215,10 +227,14 @@ fn memory(contender: &str, row: &Row) -> Result<Value> {
         "candle-nn" => contenders::candle_nn(row, &inputs, mode)?,
         _ => bail!("unknown contender {contender}"),
     };
-    // Thread pools and the like exist before the measured step.
+    // Thread pools and the like exist before the measured step. A norm alone: residual, skip and gate have x's shape.
     let mut one = row.case.shape.to_vec();
     one[0] = 1;
-    layer(&Tensor::rand(0f32, 1., one, inputs.x.device())?.to_dtype(row.dtype)?)?;
+    let one = Tensor::rand(0f32, 1., one, inputs.x.device())?.to_dtype(row.dtype)?;
+    match contenders::plain(row, &inputs, Mode::Forward) {
+        Some(plain) => drop(plain(&one)?),
+        None => drop(layer(&one)?),
+    }
     // Resets the peak to what is resident now.
     std::fs::write("/proc/self/clear_refs", "5")?;
     let before = status("VmRSS")?;

@@ -1,21 +1,31 @@
 //! Blocks of well-known models with the norm alone and with all around it in one visit: same numbers, less time.
 //!
 //! ```text
-//! cargo run --release --example fused_blocks [-- ROUNDS]
+//! cargo run --release --example fused_blocks
 //! ```
 //!
 //! Each line is one block in one dtype, forward and forward with backward. Both ways use this crate's norms; what
-//! differs is whether addition, activation, skip or modulation is candle's own operation. They take turns, round
-//! by round, and the ratio is the median of the rounds' ratios.
+//! differs is whether addition, activation, skip or modulation is candle's own operation. They take turns, as in the
+//! benchmarks (`benches/cases/rounds.rs`), and the ratio is the median of the rounds' ratios. `--chart FILE` says where
+//! the chart goes. Whole blocks, with attention, MLPs and convolutions: `cargo bench --bench blocks`.
 //!
 //! The last column is the largest difference of outputs and gradients over the largest value. In bf16 it is that
 //! of the separate way, which rounds after each operation, sums gradients over tokens in bf16, and whose `relu` has
 //! a slope of 1 where a rounded sum is exactly 0.
 
+mod chart;
+#[path = "../../benches/cases/rounds.rs"]
+#[allow(dead_code)] // the benchmarks use the rest
+mod rounds;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::{Activation, Module};
 use candle_norm::functional::{self as f, fused};
-use std::time::Instant;
+use clap::Parser;
+use rounds::{Contender, Rounds, Settings, Spread};
+use std::hint::black_box;
+use std::path::PathBuf;
+use std::time::Duration;
 
 type Run = fn(&[Tensor]) -> Result<Tensor>;
 
@@ -110,47 +120,22 @@ fn arguments(block: &Block, dtype: DType) -> Result<Vec<Tensor>> {
     block.shapes.iter().map(new).collect()
 }
 
-/// Milliseconds of a call that nobody tracks.
-fn forward(run: Run, args: &[Tensor]) -> Result<f64> {
-    let args: Vec<Tensor> = args.iter().map(Tensor::detach).collect();
-    let start = Instant::now();
-    run(&args)?;
-    Ok(start.elapsed().as_secs_f64() * 1e3)
-}
-
-/// Milliseconds of a call and its gradients.
-fn step(run: Run, args: &[Tensor]) -> Result<f64> {
-    let start = Instant::now();
-    run(args)?.backward()?;
-    Ok(start.elapsed().as_secs_f64() * 1e3)
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-/// Medians of both times, and of the ratio within a round.
-fn compare(
-    time: fn(Run, &[Tensor]) -> Result<f64>,
-    block: &Block,
-    args: &[Tensor],
-    rounds: usize,
-) -> Result<[f64; 3]> {
-    let mut times = vec![];
-    for round in 0..=rounds {
-        let (mut separate, mut fused) = (0.0, 0.0);
-        for first in [round % 2 == 0, round % 2 == 1] {
-            if first {
-                separate = time(block.separate, args)?;
-            } else {
-                fused = time(block.fused, args)?;
+/// Both ways in turns: the forward that nobody tracks, or the forward and the gradients.
+fn measure(block: &Block, args: &[Tensor], gradients: bool, rounds: usize) -> anyhow::Result<Rounds> {
+    let args: Vec<Tensor> = args.iter().map(|t| if gradients { t.clone() } else { t.detach() }).collect();
+    let contender = |name, run: Run| {
+        let args = &args;
+        Contender::new(name, move || {
+            let y = run(args)?;
+            if gradients {
+                black_box(y.backward()?);
             }
-        }
-        times.push((separate, fused));
-    }
-    let of = |f: fn(&(f64, f64)) -> f64| median(times[1..].iter().map(f).collect());
-    Ok([of(|t| t.0), of(|t| t.1), of(|t| t.0 / t.1)])
+            drop(black_box(y));
+            Ok(())
+        })
+    };
+    let mut ways = [contender("separate", block.separate), contender("fused", block.fused)];
+    rounds::measure(&mut ways, Settings { rounds, block: Duration::from_millis(12) })
 }
 
 /// The largest difference of outputs and gradients, over the largest value.
@@ -173,25 +158,50 @@ fn off(a: &Tensor, b: &Tensor) -> Result<f64> {
     Ok(largest(&(&a - b)?)? / largest(&a)?.max(f64::MIN_POSITIVE))
 }
 
-fn main() -> Result<()> {
-    let rounds = std::env::args().nth(1).map_or(15, |n| n.parse().expect("ROUNDS is a number"));
+#[derive(Parser)]
+struct Options {
+    /// Rounds of each line
+    #[arg(long, default_value_t = 11)]
+    rounds: usize,
+    /// Where the chart goes
+    #[arg(long, default_value = "target/fused-blocks.svg")]
+    chart: PathBuf,
+}
+
+/// Times as fast as the separate way, of a block in one dtype.
+pub struct Line {
+    name: &'static str,
+    dtype: DType,
+    /// Of the forward, and of it with gradients.
+    faster: [Spread; 2],
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
     println!("{:36} {:5} {:>25}   {:>25}   largest", "", "", "forward, ms", "with gradients, ms");
     println!(
         "{:36} {:5} {:>9} {:>7} {:>7}   {:>9} {:>7} {:>7}   difference",
         "", "", "separate", "fused", "ratio", "separate", "fused", "ratio"
     );
+    let mut lines = vec![];
     for block in &BLOCKS {
         for dtype in [DType::F32, DType::BF16] {
             let args = arguments(block, dtype)?;
-            let [fs, ff, fr] = compare(forward, block, &args, rounds)?;
-            let [ss, sf, sr] = compare(step, block, &args, rounds)?;
             let difference = difference(block, &args)?;
-            let dtype = format!("{dtype:?}").to_lowercase();
-            println!(
-                "{:36} {dtype:5} {fs:9.2} {ff:7.2} {fr:6.1}x   {ss:9.2} {sf:7.2} {sr:6.1}x   {difference:.0e}",
-                block.name
-            );
+            print!("{:36} {:5}", block.name, dtype.as_str());
+            let mut faster = vec![];
+            for gradients in [false, true] {
+                let rounds = measure(block, &args, gradients, options.rounds.max(1))?;
+                let ms = |way| rounds.time(way).map_or(f64::NAN, |time| time.median / 1e6);
+                let ratio = rounds.ratio("separate", "fused").expect("both ran");
+                print!(" {:9.2} {:7.2} {:6.1}x  ", ms("separate"), ms("fused"), ratio.median);
+                faster.push(ratio);
+            }
+            println!(" {difference:.0e}");
+            lines.push(Line { name: block.name, dtype, faster: [faster[0], faster[1]] });
         }
     }
+    std::fs::write(&options.chart, chart::svg(&lines))?;
+    println!("\nwritten: {}", options.chart.display());
     Ok(())
 }
