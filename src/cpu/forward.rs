@@ -134,8 +134,10 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         (_, Some(stats)) => StatsFrom::to_keep(stats),
         (_, None) => StatsFrom::Tile(None),
     };
-    let mut output = Output::new(g, plan::past_caches(g, size_of::<T>()));
-    let mut sum = residual.map(|_| Output::new(g, plan::past_caches(g, size_of::<R>())));
+    let [y, sum] = [size_of::<T>(), size_of::<R>()];
+    let mut output = Output::new(g, plan::past_caches(g, y, y));
+    // The sum is read again behind a layer or two: it gives way to the rest, y above all.
+    let mut sum = residual.map(|_| Output::new(g, plan::past_caches(g, sum, 2 * (y + sum))));
     let mut sums = sum.as_mut().map(|sum| sum.tiles(&plan.y.cut));
     let work = output.tiles(&plan.y.cut).map(move |y| {
         let stats = from.next(y.tile().sets(g).len());

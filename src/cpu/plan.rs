@@ -154,10 +154,11 @@ impl Backward {
 /// saved; hence the 16 bytes.
 const PAST_RUN: usize = 2048;
 
-/// Whether an output is written past the caches.
-pub(super) fn past_caches(g: &Geometry, bytes: usize) -> bool {
+/// Whether an output is written past the caches, of `bytes` an element. `all`: of everything that the caches
+/// should have room for, where it is to be in them.
+pub(super) fn past_caches(g: &Geometry, bytes: usize, all: usize) -> bool {
     let run = g.run * bytes;
-    run.is_multiple_of(16) && run >= PAST_RUN && g.elements() * bytes > past_from()
+    run.is_multiple_of(16) && run >= PAST_RUN && g.elements() * all > past_from()
 }
 
 /// Bytes of the last-level cache that a thread can have at most. A virtual machine reports all of its host's,

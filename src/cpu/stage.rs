@@ -125,6 +125,20 @@ impl<'a, T: Element> Tensor<'a, T> {
         InTile::new(self.x, self.width, tile)
     }
 
+    /// A strip in the accumulation type: where it lies, if it is of that.
+    fn strip<'s>(&self, strip: &Tile, wide: &'s mut Vec<T::Acc>) -> &'s [T::Acc]
+    where
+        'a: 's,
+    {
+        let (at, n) = (strip.rows.start * self.width + strip.columns.start, strip.columns.len());
+        if let Some(x) = same::<T, T::Acc>(self.x) {
+            return &x[at..at + n];
+        }
+        let wide = room(wide, n);
+        self.widen(strip, wide);
+        wide
+    }
+
     fn widen(&self, tile: &Tile, wide: &mut [T::Acc]) {
         Conversions::<T>::of(self.level).widen(InTile::new(self.x, self.width, tile).whole(), wide)
     }
@@ -173,10 +187,8 @@ impl<'a, T: Stored> Source<'a, T> {
         Conversions::<T>::of(level).widen(x.whole(), wide);
         if let Some(gate) = &self.gate {
             for (strip, at) in strips(tile) {
-                let n = strip.columns.len();
-                let other = room(other, n);
-                gate.widen(&strip, other);
-                T::Acc::fused(level).gate(&mut wide[at..at + n], other);
+                let gate = gate.strip(&strip, other);
+                T::Acc::fused(level).gate(&mut wide[at..at + gate.len()], gate);
             }
         }
         staged(wide, tile)
@@ -300,9 +312,7 @@ impl<'a, T: Stored> After<'a, T> {
                 T::Acc::fused(self.level).activate(z, activation);
             }
             if let Some(gate) = &self.gate {
-                let other = room(other, z.len());
-                gate.widen(&strip, other);
-                T::Acc::fused(self.level).gate(z, other);
+                T::Acc::fused(self.level).gate(z, gate.strip(&strip, other));
             }
             Conversions::<T>::of(self.level).narrow(Block::row_of(z), y.part(&strip).whole());
         }
@@ -310,9 +320,7 @@ impl<'a, T: Stored> After<'a, T> {
 
     fn add_skip(&self, strip: &Tile, z: &mut [T::Acc], other: &mut Vec<T::Acc>) {
         if let Some(skip) = &self.skip {
-            let other = room(other, z.len());
-            skip.widen(strip, other);
-            T::Acc::fused(self.level).add(z, other);
+            T::Acc::fused(self.level).add(z, skip.strip(strip, other));
         }
     }
 
@@ -337,9 +345,7 @@ impl<'a, T: Stored> After<'a, T> {
             let (z, dy) = (&mut z[at..at + strip.columns.len()], &mut wide[at..at + strip.columns.len()]);
             self.add_skip(&strip, z, other);
             if let Some(gate) = &self.gate {
-                let other = room(other, z.len());
-                gate.widen(&strip, other);
-                fused.gate_gradient(z, other, dy);
+                fused.gate_gradient(z, gate.strip(&strip, other), dy);
                 if let Some(dgate) = &mut dgate {
                     conversions.narrow(Block::row_of(z), dgate.part(&strip).whole());
                 }

@@ -411,27 +411,51 @@ past |p, a, b| {
 /// Ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
 
-/// The first `n <= 8` of 16-bit elements: AVX2 has no masks for them.
+/// The first `n <= 8` of 16-bit elements: AVX2 has no masks for them. In whole words, since a register that is
+/// loaded from memory just written in smaller pieces has to wait for them.
 ///
 /// # Safety
-/// There are `n` elements.
+/// The machine has the instructions; there are `n` elements.
 #[inline(always)]
 unsafe fn load16(p: *const u16, n: usize) -> __m128i {
-    let mut x = [0u16; 8];
-    // SAFETY: the caller's, and `x` has room; `x` is as large as the register, without invalid values.
+    let (mut low, mut high) = (0, 0);
+    // SAFETY: the caller's.
     unsafe {
-        p.copy_to_nonoverlapping(x.as_mut_ptr(), n.min(8));
-        std::mem::transmute(x)
+        if n >= 4 {
+            low = p.cast::<u64>().read_unaligned();
+            if n > 4 {
+                // The last four, without those that `low` has.
+                high = p.add(n - 4).cast::<u64>().read_unaligned() >> (16 * (8 - n));
+            }
+        } else {
+            if n >= 2 {
+                low = u64::from(p.cast::<u32>().read_unaligned());
+            }
+            if n % 2 == 1 {
+                low |= u64::from(*p.add(n - 1)) << (16 * (n - 1));
+            }
+        }
+        _mm_set_epi64x(high as i64, low as i64)
     }
 }
 
 /// # Safety
-/// There is room for `n` elements.
+/// There is room for `n <= 8` elements.
 #[inline(always)]
 unsafe fn store16(p: *mut u16, x: __m128i, n: usize) {
-    // SAFETY: the caller's; the array is as large as the register, without invalid values.
+    // SAFETY: the caller's; an integer is as large as the register, without invalid values.
     unsafe {
-        let x: [u16; 8] = std::mem::transmute(x);
-        p.copy_from_nonoverlapping(x.as_ptr(), n.min(8));
+        let x: u128 = std::mem::transmute(x);
+        if n >= 4 {
+            p.cast::<u64>().write_unaligned(x as u64);
+            p.add(n - 4).cast::<u64>().write_unaligned((x >> (16 * (n - 4))) as u64);
+            return;
+        }
+        if n >= 2 {
+            p.cast::<u32>().write_unaligned(x as u32);
+        }
+        if n % 2 == 1 {
+            *p.add(n - 1) = (x >> (16 * (n - 1))) as u16;
+        }
     }
 }
