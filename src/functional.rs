@@ -39,8 +39,8 @@ use checks::{
     RunningStatistics,
 };
 
-pub(crate) use checks::check_momentum;
 use checks::OWN;
+pub(crate) use checks::{check_eps, check_groups, check_momentum};
 pub(crate) use fused::Tail;
 pub(crate) use last_dim::{add_last_dim, last_dim, vectors};
 
@@ -329,10 +329,7 @@ fn group_norm_around(
     eps: f64,
     around: Around,
 ) -> Result<Tensor> {
-    let channels = check_channels(op, input, 2)?;
-    if num_groups == 0 || channels % num_groups != 0 {
-        bail!("{op}: num_groups must divide num_channels, got {num_groups} groups and {channels} channels")
-    }
+    check_groups(op, num_groups, check_channels(op, input, 2)?)?;
     apply_channels(op, input, Channels::Groups(num_groups), weight, bias, eps, Source::Input(None), around)
 }
 

@@ -25,8 +25,23 @@ pub(super) fn check_affine(
 pub(super) fn check_input(op: &str, input: &Tensor, eps: f64) -> Result<()> {
     check_dtype(op, "input", input)?;
     check_size(op, input)?;
+    check_eps(op, eps)
+}
+
+/// Of a call, and of a layer when it is built.
+pub(crate) fn check_eps(op: &str, eps: f64) -> Result<()> {
     if eps.is_nan() || eps < 0.0 {
         bail!("{op}: eps must not be negative, got {eps}")
+    }
+    Ok(())
+}
+
+/// As [`check_eps`].
+pub(crate) fn check_groups(op: &str, num_groups: usize, num_channels: usize) -> Result<()> {
+    if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
+        bail!(
+            "{op}: num_groups must divide num_channels, got {num_groups} groups and {num_channels} channels"
+        )
     }
     Ok(())
 }

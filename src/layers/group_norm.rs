@@ -23,9 +23,10 @@
 //! ```
 
 use super::options::options;
-use super::params::{self, check_eps};
+use super::params;
 use super::repr::{activation, no_bias, truth, Float};
 use crate::functional::{self, Tail};
+use crate::functional::{check_eps, check_groups};
 use candle_core::{bail, Result, Tensor};
 use candle_nn::{Activation, Module, VarBuilder};
 use std::fmt;
@@ -246,12 +247,7 @@ const OP: &str = "group-norm";
 
 fn check(num_groups: usize, num_channels: usize, eps: f64) -> Result<()> {
     check_eps(OP, eps)?;
-    if num_groups == 0 || !num_channels.is_multiple_of(num_groups) {
-        bail!(
-            "{OP}: num_groups must divide num_channels, got {num_groups} groups and {num_channels} channels"
-        )
-    }
-    Ok(())
+    check_groups(OP, num_groups, num_channels)
 }
 
 /// candle-nn's constructor: `weight` and `bias` from `vb`. Groups come before channels here, as in

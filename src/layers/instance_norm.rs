@@ -26,9 +26,10 @@
 //! ```
 
 use super::options::options;
-use super::params::{self, check_eps};
+use super::params;
 use super::repr::{activation, no_bias, truth, Float};
 use super::running::RunningStatistics;
+use crate::functional::check_eps;
 use crate::functional::{self, check_momentum, Tail};
 use candle_core::{bail, Result, Tensor, Var};
 use candle_nn::{Activation, ModuleT, VarBuilder};

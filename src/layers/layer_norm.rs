@@ -22,8 +22,9 @@
 //! ```
 
 use super::options::options;
-use super::params::{self, check_eps};
+use super::params;
 use super::repr::{activation, truth, Maybe, Tuple};
+use crate::functional::check_eps;
 use crate::functional::{self, Tail};
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 use candle_nn::{Activation, Module, VarBuilder};

@@ -57,13 +57,6 @@ pub(crate) fn contiguous(y: Tensor) -> Result<Tensor> {
     y.contiguous()
 }
 
-pub(super) fn check_eps(op: &str, eps: f64) -> Result<()> {
-    if eps.is_nan() || eps < 0.0 {
-        bail!("{op}: eps must not be negative, got {eps}")
-    }
-    Ok(())
-}
-
 /// Sets parameters to the values they are created with; none if one of them cannot be set.
 pub(super) fn reset(op: &str, params: &[(&str, Option<&Tensor>, f64)]) -> Result<()> {
     let given = || params.iter().filter_map(|&(what, param, value)| Some((what, param?, value)));

@@ -21,7 +21,7 @@
 
 use super::layer_norm::LayerNorm;
 use super::options::options;
-use super::params::check_eps;
+use crate::functional::check_eps;
 use candle_core::{bail, Result, Shape, Tensor};
 use candle_nn::{Module, VarBuilder};
 use std::fmt;

@@ -3,8 +3,9 @@
 //! Apart from the layer, because there are many and each is a few lines of getting and checking.
 
 use super::{Affine, BatchNorm, BatchNormConfig, BatchNormOptions, OP};
+use crate::functional::check_eps;
 use crate::functional::check_momentum;
-use crate::layers::params::{self, check_eps};
+use crate::layers::params;
 use crate::layers::running::RunningStatistics;
 use candle_core::{bail, DType, Device, Result, Tensor};
 use candle_nn::VarBuilder;

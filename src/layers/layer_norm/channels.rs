@@ -3,7 +3,8 @@
 //! Apart from `LayerNorm`, whose normalized dimensions are the last: SAM's and ConvNeXt's `LayerNorm2d`.
 
 use crate::functional;
-use crate::layers::params::{self, check_eps};
+use crate::functional::check_eps;
+use crate::layers::params;
 use crate::layers::repr::Float;
 use candle_core::{Result, Tensor};
 use candle_nn::{Module, VarBuilder};
