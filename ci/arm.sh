@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# The library's tests and the suite on AArch64, whose level is NEON, under qemu where this machine is another:
+#
+#     ci/arm.sh            # or words that cargo test takes: ci/arm.sh precision
+#
+# Needs rustup, and on another machine qemu-user and a cross compiler (Debian: qemu-user g++-aarch64-linux-gnu).
+# Right or wrong is what it says; nothing about time.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+target=aarch64-unknown-linux-gnu
+if [ "$(uname -m)" != aarch64 ]; then
+    rustup target add $target
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+    export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc CXX_aarch64_unknown_linux_gnu=aarch64-linux-gnu-g++
+fi
+# A build folder of its own: dependencies are built for this machine and that one.
+export CARGO_TARGET_DIR=$PWD/target/arm PROPTEST_CASES=${PROPTEST_CASES:-16}
+# Time is not what is tested under an emulator.
+cargo test --target $target --lib --test suite -- "$@"
