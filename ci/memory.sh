@@ -3,23 +3,27 @@
 # a buffer, races between threads.
 #
 #     ci/memory.sh --short      # valgrind over small tests, scalar and AVX2: what .ci/run does
-#     ci/memory.sh memcheck     # valgrind over all tests of the kernels, and the suite
+#     ci/memory.sh memcheck     # valgrind over the suite and all tests of the kernels
 #     ci/memory.sh address      # AddressSanitizer over all tests
-#     ci/memory.sh thread       # ThreadSanitizer over all tests
+#     ci/memory.sh thread       # ThreadSanitizer over all tests, the standard library built with it
+#     ci/memory.sh miri         # Miri over the kernels of the scalar level and small calls with gradients
 #
-# Valgrind takes the test programs as they are. The sanitizers want a nightly compiler, or a stable one told
-# that it is (RUSTC_BOOTSTRAP), and a build of all dependencies of their own, in target/memory.
+# What follows the mode goes to the test programs: `ci/memory.sh address distributed::`. Valgrind takes those of
+# stable Rust. The others want a nightly (with rust-src, and miri for Miri), and a build of all dependencies of
+# their own, in target/memory.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # A tenth of the random cases: valgrind is 30 times slower, and every case takes the same paths.
 export PROPTEST_CASES=${PROPTEST_CASES:-4} RAYON_NUM_THREADS=2 RUST_BACKTRACE=0
 target=x86_64-unknown-linux-gnu
 
-# Builds the tests and prints the path of one program.
+# Builds the tests and prints the path of one program. Outputs start as NaN where debug assertions are on; without
+# them memcheck sees that nobody wrote an element.
+unfilled=()
 program() {
     local name=$1
     shift
-    cargo test --quiet "$@" --no-run --message-format json |
+    cargo test --quiet "${unfilled[@]}" "$@" --no-run --message-format json |
         grep -o "\"executable\":\"[^\"]*/deps/$name-[^\"]*\"" | tail -1 | cut -d'"' -f4
 }
 
@@ -47,23 +51,38 @@ short() {
 }
 
 sanitized() {
-    export RUSTC_BOOTSTRAP=1 RUSTFLAGS="-Zsanitizer=$1 ${2:-}" CARGO_TARGET_DIR=target/memory/$1
+    local tool=$1
+    shift
     # Leaks: rayon's pool and statics live until the end.
-    export ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS="suppressions=$PWD/ci/tsan.txt halt_on_error=1"
-    cargo test --target $target --lib --test suite
+    export RUSTFLAGS="-Zsanitizer=$tool" ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1
+    CARGO_TARGET_DIR=target/memory/$tool cargo +nightly test --target $target --lib --test suite "$@"
 }
 
-case "${1:-}" in
+# Isolation: rayon asks how many CPUs there are. Leaks: its threads live until the end. Provenance and aliasing:
+# crossbeam, below rayon, makes pointers of integers.
+interpreted() {
+    export MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-tree-borrows -Zmiri-permissive-provenance"
+    export CANDLE_NORM_SIMD=scalar
+    export PROPTEST_CASES=1 CARGO_TARGET_DIR=target/memory/miri
+    cargo +nightly miri test --lib -- cpu::tests::kernels cpu::tests::parts
+    cargo +nightly miri test --test suite -- worked_example:: empty::
+}
+
+mode=${1:-} && shift || true
+case "$mode" in
     --short) short ;;
     memcheck)
-        memcheck "$(program candle_norm --lib)" cpu::
-        # Time is not what is tested here: tests that measure it are left out.
-        memcheck "$(program suite --test suite)" --skip distributed:: --skip fuzzed::corpus
+        unfilled=(--config profile.dev.package.candle-norm.debug-assertions=false)
+        # Not those that take seconds as they are, and an hour here: more elements on the same ways. Nor process
+        # groups, whose tests are of time.
+        long=(distributed:: candle_nn_and_candle_norm_answer_alike same_bits_from_run_to_run very_long_sets)
+        long+=(a_large_sample every_function_with_all far_from_zero_as_promised a_sample_is_independent)
+        memcheck "$(program suite --test suite)" "${long[@]/#/--skip=}" "$@"
+        memcheck "$(program candle_norm --lib)" cpu:: "$@"
         ;;
-    address) sanitized address ;;
-    # The standard library is not instrumented, and the two may be linked all the same: what it
-    # synchronizes by itself is in ci/tsan.txt.
-    thread) sanitized thread -Cunsafe-allow-abi-mismatch=sanitizer ;;
+    address) sanitized address -- "$@" ;;
+    thread) sanitized thread -Zbuild-std -- "$@" ;;
+    miri) interpreted ;;
     *) sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2 ;;
 esac
 echo "memory: all right"

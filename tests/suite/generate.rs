@@ -212,7 +212,6 @@ impl Call {
         let norm = self.case.norm;
         let channels = !matches!(norm, Norm::Layer { .. } | Norm::Rms { .. });
         let can = match fault {
-            Fault::Rank => channels,
             Fault::WeightShape | Fault::WeightDtype => self.case.weight,
             Fault::BiasShape => self.case.bias,
             Fault::NormalizedShape => !channels,
@@ -310,7 +309,12 @@ impl Call {
         let mut one_of_two = false;
         match self.fault {
             Fault::None | Fault::OneValue => {}
-            Fault::Rank => x = Tensor::zeros(case.dims[0].max(1), case.dtype, cpu)?,
+            // None, and for norms with channels one dimension, too.
+            Fault::Rank => {
+                let channels = !matches!(case.norm, Norm::Layer { .. } | Norm::Rms { .. });
+                let dims = vec![case.dims[0].max(1); (channels && case.seed.is_multiple_of(2)).into()];
+                x = Tensor::zeros(dims, case.dtype, cpu)?
+            }
             Fault::InputDtype => x = Tensor::zeros(case.dims.clone(), DType::U8, cpu)?,
             Fault::WeightShape => weight = Some(wrong(&weight)?),
             Fault::BiasShape => bias = Some(wrong(&bias)?),
