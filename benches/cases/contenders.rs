@@ -6,6 +6,8 @@
 use super::inputs::Inputs;
 use super::{fused, Norm, Row};
 use candle_core::backprop::GradStore;
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor, Var};
 use candle_nn::{Module, ModuleT};
 use candle_norm::functional as norm;
@@ -187,6 +189,11 @@ impl CustomOp1 for GivenGradient {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(&self, y: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        nothing(y)
+    }
+
     fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
         Ok(Some(self.0.clone()))
     }
@@ -201,6 +208,17 @@ impl CustomOp2 for GivenGradient {
         Ok((CpuStorage::F32(vec![0.0]), Shape::from(())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        y: &CudaStorage,
+        _: &Layout,
+        _: &CudaStorage,
+        _: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        nothing(y)
+    }
+
     fn bwd(
         &self,
         _: &Tensor,
@@ -210,6 +228,13 @@ impl CustomOp2 for GivenGradient {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         Ok((Some(self.0.clone()), Some(self.0.clone())))
     }
+}
+
+/// A loss of 0 where y is.
+#[cfg(feature = "cuda")]
+fn nothing(y: &CudaStorage) -> Result<(CudaStorage, Shape)> {
+    let loss = y.device.alloc_zeros::<f32>(1)?;
+    Ok((CudaStorage::wrap_cuda_slice(loss, y.device.clone()), Shape::from(())))
 }
 
 /// `loss.backward()` of a loss whose gradient with respect to y, and to the sum, is `dy`.

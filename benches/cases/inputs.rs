@@ -41,6 +41,22 @@ impl Inputs {
         })
     }
 
+    /// The same values in memory of their own, on a device.
+    pub fn copied(&self, device: &Device) -> Result<Self> {
+        // `to_device` to where a tensor is gives it back as it is.
+        let tensor = |t: &Tensor| t.detach().copy()?.to_device(device);
+        let var = |t: &Var| Var::from_tensor(&tensor(t)?);
+        Ok(Self {
+            x: var(&self.x)?,
+            weight: var(&self.weight)?,
+            bias: self.bias.as_ref().map(var).transpose()?,
+            other: self.other.as_ref().map(var).transpose()?,
+            dy: tensor(&self.dy)?,
+            running_mean: var(&self.running_mean)?,
+            running_var: var(&self.running_var)?,
+        })
+    }
+
     /// The arguments that have a gradient, by name.
     pub fn tracked(&self) -> Vec<(&'static str, &Var)> {
         let mut tracked = vec![("x", &self.x), ("weight", &self.weight)];

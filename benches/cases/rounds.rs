@@ -58,7 +58,7 @@ pub fn measure(contenders: &mut [Contender], settings: Settings) -> Result<Round
 }
 
 /// Whoever goes later finds other caches: each goes first in turn, forwards and backwards.
-fn order(contenders: usize, round: usize) -> impl Iterator<Item = usize> {
+pub fn order(contenders: usize, round: usize) -> impl Iterator<Item = usize> {
     (0..contenders).map(move |i| {
         let i = if round.is_multiple_of(2) { i } else { contenders - 1 - i };
         (i + round / 2) % contenders

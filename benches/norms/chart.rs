@@ -4,6 +4,7 @@
 
 use crate::cases::contenders::Mode;
 use crate::cases::rounds::Spread;
+use crate::device::Place;
 use crate::table::{mode_name, Line};
 use candle_core::DType;
 use std::fmt::Write;
@@ -43,16 +44,17 @@ impl Scale {
     }
 }
 
-pub fn svg(lines: &[Line]) -> String {
+pub fn svg(lines: &[Line], place: &Place) -> String {
     let scale = Scale::of(lines);
     let (labels, marks, bottom) = rows(lines, &scale);
-    let (width, height) = (LEFT + WIDTH + 30.0, bottom + 48.0);
+    let (width, height) = (LEFT + WIDTH + 150.0, bottom + 48.0);
     let mut out = format!(
         r##"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#222">
 <rect width="100%" height="100%" fill="#fff"/>
-<text x="20" y="28" font-size="17" font-weight="bold">How many times as fast as candle-nn candle-norm is, on the CPU</text>
-<text x="20" y="50">Right of 1x: candle-norm is faster. A mark is the median of the rounds, its line their range. No mark: candle-nn cannot run it.</text>
+<text x="20" y="28" font-size="17" font-weight="bold">How many times as fast as candle-nn candle-norm is, on {}</text>
+<text x="20" y="50">Right of 1x: candle-norm is faster. A mark is the median of the rounds, its line their range. No mark: candle-nn cannot run it. Behind: share of a copy's bandwidth, in %, in the order of the marks.</text>
 "##,
+        place.name
     );
     out += &legend();
     out += &labels;
@@ -92,6 +94,7 @@ fn rows(lines: &[Line], scale: &Scale) -> (String, String, f64) {
         if let Some(ratio) = line.ratio() {
             marks += &mark(ratio, y, line, scale);
         }
+        marks += &share(y, line);
         (last_norm, last_label) = (norm, label);
     }
     (labels, marks, y + STEP / 2.0 + 4.0)
@@ -108,6 +111,14 @@ fn mark(ratio: Spread, y: f64, line: &Line, scale: &Scale) -> String {
          stroke-opacity=\"0.45\" stroke-width=\"2\"/>\n"
     );
     range + &dot(scale.x(ratio.median), y, figure)
+}
+
+/// The share of a copy's bandwidth behind the end of the line, in its figure's place.
+fn share(y: f64, line: &Line) -> String {
+    let figure = FIGURES.iter().position(|f| *f == (line.mode, line.row.dtype)).unwrap_or_default();
+    let (at, y, color) = (LEFT + WIDTH + 34.0 * (figure + 1) as f64, y + 4.0, color(line.mode));
+    let share = 100.0 * line.share().median;
+    format!("<text x=\"{at}\" y=\"{y}\" text-anchor=\"end\" fill=\"{color}\">{share:.0}</text>\n")
 }
 
 fn color(mode: Mode) -> &'static str {
