@@ -33,3 +33,10 @@ timed lint --features nccl --lib
 script=$(ls -t "$CARGO_TARGET_DIR"/debug/build/candle-norm-*/build-script-build | head -n 1)
 timed ci/build-script-test.sh "$script"
 timed ci/registers.sh
+# The plans of the benchmark's rows, from the build that the emulation's tests made.
+plans() {
+    env -u CARGO_TARGET_DIR CANDLE_NORM_PLANS="$PWD/target/plans.txt" \
+        cargo test --quiet --features cuda-emulation --lib plans_of_the_rows
+}
+timed plans
+timed python3 ci/roofline.py

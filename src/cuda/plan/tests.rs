@@ -5,6 +5,7 @@ use crate::cuda::entry::module::Module;
 use std::collections::HashSet;
 
 mod large;
+mod roofline;
 
 const SM70: DeviceProperties = DeviceProperties { capability: 70, multiprocessors: 80, shared: 96 << 10 };
 const SM80: DeviceProperties = DeviceProperties { capability: 80, multiprocessors: 108, shared: 163 << 10 };
