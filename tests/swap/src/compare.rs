@@ -57,7 +57,12 @@ pub struct Judged {
 
 impl Judged {
     fn of(&self) -> bool {
-        self.apart < SAME_IN_F64 && self.ours <= LUCK * self.theirs + ROUNDING
+        self.apart < SAME_IN_F64 && self.ours <= LUCK * self.theirs + ROUNDING.max(self.grown())
+    }
+
+    /// What a rounding in f32 becomes in this model with these weights, by what one in f64 became.
+    fn grown(&self) -> f64 {
+        self.apart / f64::EPSILON * f64::from(f32::EPSILON)
     }
 
     pub fn verdict(&self) -> &'static str {
