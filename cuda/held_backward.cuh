@@ -85,7 +85,6 @@ __device__ inline void add_groups(A (&values)[K], A* shared, u32 lanes) {
             slot[k * lanes] = values[k];
         }
     }
-    __syncthreads();
 }
 
 // The rows of a block of backward_rows: one set of each outer block of a range, all of one sample.

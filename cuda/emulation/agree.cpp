@@ -1,10 +1,9 @@
 // The kernels' side of what src/cuda states too, as a table of names and numbers: where the fields of
-// `Params` lie, its flags, the codes of activations and dtypes. A test compares it with Rust's
-// (src/cuda/emulation/agree.rs).
+// `Params` lie, its flags, the codes of activations and dtypes, what the plan counts of threads and of
+// shared memory. A test compares it with Rust's (src/cuda/emulation/agree.rs).
 //
 // Kept separate from the kernels: it is compiled for the host alone.
-#include "../element.cuh"
-#include "../params.cuh"
+#include "../split.cuh"
 
 #include <cstddef>
 #include <cstdint>
@@ -42,6 +41,14 @@ const struct {
 #define DIVISOR(name) {"Divisor." #name, offsetof(Divisor, name), sizeof(Divisor::name)}
 #define CONSTANT(name) {#name, uint64_t(name), 0}
 
+// What the plan counts of a dtype.
+#define ELEMENT(name, type) \
+    {#name " bytes", sizeof(type), 0}, {#name " backward_elements", uint64_t(BACKWARD_ELEMENTS<type>), 0}, \
+    {#name " gradient_step", HeldGradient<type, 1>::WIDE, 0}, {#name " held 1", held_bytes<type>(1), 0}, \
+    {#name " held 1001", held_bytes<type>(1001), 0}
+#define ACCUMULATOR(name, type) \
+    {#name " slots", Group<type, 1>::BYTES, 0}, {#name " slots of a cluster", Group<type, 8>::BYTES, 0}
+
 // Where a part of `Params` begins.
 template <class Part> uint64_t part() {
     static const Params params{};
@@ -73,6 +80,10 @@ const Fact FACTS[] = {
     CONSTANT(SUMS_WRITE),
     CONSTANT(NONE), CONSTANT(RELU), CONSTANT(RELU6), CONSTANT(LEAKY_RELU), CONSTANT(SILU), CONSTANT(SIGMOID),
     CONSTANT(HARD_SWISH), CONSTANT(GELU), CONSTANT(GELU_TANH),
+    ELEMENT(f32, float), ELEMENT(f16, __half), ELEMENT(bf16, __nv_bfloat16), ELEMENT(f64, double),
+    ACCUMULATOR(f32, float), ACCUMULATOR(f64, double),
+    {"threads of a group", 32 * Group<float, 1>::WARPS, 0},
+    {"blocks of a cluster", Exchange<float, 8>::VALUES / 3, 0},
 };
 
 } // namespace
@@ -83,6 +94,12 @@ extern "C" bool norm_emulation_fact(size_t n, const char** name, uint64_t* value
     if (n < COUNT) *name = FACTS[n].name, *value = FACTS[n].value, *bytes = FACTS[n].bytes;
     return n < COUNT;
 }
+
+// 16-bit floats as the emulation converts them.
+extern "C" uint16_t norm_emulation_to_f16(float v) { return __float2half_rn(v).bits; }
+extern "C" uint16_t norm_emulation_to_bf16(float v) { return __float2bfloat16_rn(v).bits; }
+extern "C" float norm_emulation_of_f16(uint16_t bits) { return __half2float({bits}); }
+extern "C" float norm_emulation_of_bf16(uint16_t bits) { return __bfloat162float({bits}); }
 
 // The code by which the kernels know a dtype of this name, as they read it.
 extern "C" uint64_t norm_emulation_code(const char* dtype) {

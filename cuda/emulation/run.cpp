@@ -2,11 +2,17 @@
 //
 // Fibers rather than threads, because a test launches thousands of blocks of hundreds of threads, and a
 // switch between fibers takes nanoseconds. Kernels that part ways where CUDA wants them together (a
-// shuffle or a barrier that some thread has left or not come to) end the process with a message.
-#include "device.h"
+// shuffle or a barrier that some thread has left or not come to) fail their launch with a message.
+//
+// CANDLE_NORM_EMULATION_SEED permutes the order in which blocks of a cluster, warps and lanes run: what
+// holds in one order only is a race. Unset or 0, they run in order.
+#include "stack.h"
+#include "watch.h"
 
 #include <cstdio>
 #include <cstdlib>
+#include <string>
+#include <utility>
 #include <vector>
 #include <sys/mman.h>
 
@@ -22,79 +28,16 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-// switch_stack(from, to): saves the callee's registers on this stack and its pointer in *from, and goes
-// on where `to` was left.
-extern "C" void norm_switch_stack(void** from, void* to);
-#if defined(__x86_64__)
-asm(R"(
-.text
-.globl norm_switch_stack
-.type norm_switch_stack,@function
-norm_switch_stack:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-.size norm_switch_stack,.-norm_switch_stack
-)");
-constexpr int SAVED = 6;
-#elif defined(__aarch64__)
-asm(R"(
-.text
-.globl norm_switch_stack
-.type norm_switch_stack,%function
-norm_switch_stack:
-    sub sp, sp, #160
-    stp x19, x20, [sp, #0]
-    stp x21, x22, [sp, #16]
-    stp x23, x24, [sp, #32]
-    stp x25, x26, [sp, #48]
-    stp x27, x28, [sp, #64]
-    stp x29, x30, [sp, #80]
-    stp d8, d9, [sp, #96]
-    stp d10, d11, [sp, #112]
-    stp d12, d13, [sp, #128]
-    stp d14, d15, [sp, #144]
-    mov x9, sp
-    str x9, [x0]
-    mov sp, x1
-    ldp x19, x20, [sp, #0]
-    ldp x21, x22, [sp, #16]
-    ldp x23, x24, [sp, #32]
-    ldp x25, x26, [sp, #48]
-    ldp x27, x28, [sp, #64]
-    ldp x29, x30, [sp, #80]
-    ldp d8, d9, [sp, #96]
-    ldp d10, d11, [sp, #112]
-    ldp d12, d13, [sp, #128]
-    ldp d14, d15, [sp, #144]
-    add sp, sp, #160
-    ret
-.size norm_switch_stack,.-norm_switch_stack
-)");
-#else
-#error "the emulation switches fibers on x86-64 and aarch64 only"
-#endif
-
 namespace emulation {
 
-thread_local Thread* current = nullptr;
-thread_local dim3 block_dim, grid_dim;
+__thread Thread* current = nullptr;
+__thread dim3 block_dim, grid_dim;
+
+thread_local std::string fault;
 
 namespace {
 
-[[noreturn]] void fail(const char* what) {
+[[noreturn]] void give_up(const char* what) {
     std::fprintf(stderr, "cuda emulation: %s\n", what);
     std::abort();
 }
@@ -111,13 +54,38 @@ constexpr size_t STACK = 64 << 10;
 struct Fiber {
     Thread thread;
     State state;
-    unsigned turn; // exchanges so far, to use the two buffers of a warp in turn
+    unsigned turn;  // exchanges so far, to use the two buffers of a warp in turn
+    unsigned phase; // of the cluster's barrier at which it has arrived
+    bool arrived;
+    Site site; // where it waits
     void* stack_pointer;
 };
 
 struct Warp {
     uint64_t values[2][32];
 };
+
+// The order in which things run that may run in any.
+struct Order {
+    uint64_t state = 0;
+    std::vector<unsigned> order;
+
+    // A permutation of 0..n, valid until the next call.
+    const std::vector<unsigned>& of(unsigned n) {
+        order.resize(n);
+        for (unsigned i = 0; i < n; ++i) order[i] = i;
+        for (unsigned i = n; state && i > 1; --i) {
+            state ^= state << 13, state ^= state >> 7, state ^= state << 17;
+            std::swap(order[i - 1], order[(state >> 11) % i]);
+        }
+        return order;
+    }
+};
+
+uint64_t seed_of_environment() {
+    const char* seed = std::getenv("CANDLE_NORM_EMULATION_SEED");
+    return seed ? std::strtoull(seed, nullptr, 10) * 0x9e3779b97f4a7c15 : 0;
+}
 
 // What a thread of the host needs to run a cluster of blocks; kept for the next launch.
 struct Runner {
@@ -126,22 +94,40 @@ struct Runner {
     std::vector<Fiber> fibers;
     std::vector<Warp> warps;
     std::vector<char*> shared;
+    Order block_order, warp_order, lane_order;
     void* own_stack = nullptr;
     Fiber* running = nullptr;
     Kernel kernel = nullptr;
     const void* params = nullptr;
+    // The cluster's barrier: phases so far, threads that have arrived at this one, and where.
+    unsigned phase = 0, arrived = 0;
+    Site arrived_at{};
+    // Clusters of a grid to run, 0 for all, and after how many of them a grid repeats itself.
+    unsigned sample = 0, period = 1;
+    // Nothing more can run.
+    bool stuck = false;
 #ifdef NORM_ASAN
     const void* own_bottom = nullptr;
     size_t own_size = 0;
 #endif
 
+    Runner() { seed(seed_of_environment()); }
     ~Runner() {
         if (stacks) munmap(stacks, room * STACK);
     }
     void reserve(size_t count);
     void resume(Fiber& fiber);
     void leave(State state);
+    void seed(uint64_t seed) { block_order.state = warp_order.state = lane_order.state = seed; }
+    void prepare(unsigned threads, unsigned blocks, unsigned first, size_t shared_bytes);
+    void run_warp(Fiber* warp);
+    void run_block(Fiber* block, unsigned threads);
     void cluster(unsigned threads, unsigned blocks, unsigned first, size_t shared_bytes);
+    void fail(const std::string& what) {
+        if (fault.empty()) fault = what;
+        stuck = true;
+    }
+    bool settle(Fiber* first, unsigned count, State within);
 };
 
 thread_local Runner runner;
@@ -152,14 +138,14 @@ void enter() {
 #endif
     runner.kernel(runner.params);
     runner.leave(State::Done);
-    fail("a fiber ran on after its end");
+    give_up("a fiber ran on after its end");
 }
 
 void Runner::reserve(size_t count) {
     if (count <= room) return;
     if (stacks) munmap(stacks, room * STACK);
     void* memory = mmap(nullptr, count * STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) fail("no memory for stacks");
+    if (memory == MAP_FAILED) give_up("no memory for stacks");
     stacks = static_cast<char*>(memory);
     room = count;
 #ifdef NORM_ASAN
@@ -201,75 +187,94 @@ void Runner::leave(State state) {
 #endif
 }
 
-// A stack on which switch_stack returns into `enter`.
-void* fresh_stack(char* bottom) {
-    void** top = reinterpret_cast<void**>(bottom + STACK);
-#if defined(__x86_64__)
-    // `enter` finds the stack as after a call: 8 beyond a multiple of 16.
-    *--top = nullptr;
-    *--top = reinterpret_cast<void*>(&enter);
-    for (int i = 0; i < SAVED; ++i) *--top = nullptr;
-#else
-    top -= 20;
-    for (int i = 0; i < 20; ++i) top[i] = nullptr;
-    top[11] = reinterpret_cast<void*>(&enter); // x30
-#endif
-    return top;
+std::string name_of(const Site& site) {
+    const char* slash = std::strrchr(site.file, '/');
+    return std::string(slash ? slash + 1 : site.file) + ":" + std::to_string(site.line);
 }
 
-// Runs a group of fibers until all wait for something beyond the group, or have ended.
-bool settle(Fiber* first, unsigned count, State within) {
-    while (true) {
-        unsigned waiting = 0;
-        for (unsigned i = 0; i < count; ++i) waiting += first[i].state == within;
-        if (waiting == 0) return false;
-        if (waiting != count) fail("threads part ways at a shuffle or a barrier");
-        for (unsigned i = 0; i < count; ++i) first[i].state = State::Ready;
-        return true;
+bool same(const Site& a, const Site& b) {
+    return a.line == b.line && a.bytes == b.bytes && (a.file == b.file || std::strcmp(a.file, b.file) == 0);
+}
+
+// Lets a group of fibers go on that all wait for each other; false if none of them waits so.
+bool Runner::settle(Fiber* first, unsigned count, State within) {
+    const Fiber* one = nullptr;
+    unsigned waiting = 0;
+    for (unsigned i = 0; i < count; ++i) {
+        if (first[i].state != within) continue;
+        ++waiting;
+        if (!one) one = &first[i];
+        if (!same(one->site, first[i].site)) {
+            fail("threads meet at " + name_of(one->site) + " and " + name_of(first[i].site));
+            return false;
+        }
+    }
+    if (waiting == 0) return false;
+    if (waiting != count) {
+        fail("threads part ways at " + name_of(one->site) + ": " + std::to_string(waiting) + " of " + std::to_string(count) + " come");
+        return false;
+    }
+    for (unsigned i = 0; i < count; ++i) first[i].state = State::Ready;
+    return true;
+}
+
+void Runner::run_warp(Fiber* warp) {
+    do {
+        for (unsigned lane : lane_order.of(32)) {
+            if (warp[lane].state == State::Ready) resume(warp[lane]);
+        }
+    } while (settle(warp, 32, State::Warp));
+}
+
+void Runner::run_block(Fiber* block, unsigned threads) {
+    do {
+        for (unsigned warp : warp_order.of(threads / 32)) {
+            run_warp(block + 32 * warp);
+            if (stuck) return;
+        }
+    } while (settle(block, threads, State::Block));
+}
+
+void Runner::prepare(unsigned threads, unsigned blocks, unsigned first, size_t shared_bytes) {
+    const unsigned warps_per_block = threads / 32;
+    phase = arrived = 0;
+    for (unsigned b = 0; b < blocks; ++b) {
+        // Bytes of ones are NaNs: what nobody has written shows.
+        std::memset(shared[b], 0xff, shared_bytes);
+        for (unsigned t = 0; t < threads; ++t) {
+            const unsigned i = b * threads + t, warp = b * warps_per_block + t / 32;
+            Fiber& fiber = fibers[i];
+            fiber = Fiber{};
+            fiber.thread = {{t, 0, 0}, {first + b, 0, 0}, b, t % 32, warp, shared[b], 0, 0, 0, 0};
+            fiber.stack_pointer = fresh_stack(stacks + (i + 1) * STACK, &enter);
+        }
     }
 }
 
 // Runs all blocks of a cluster to their end.
 void Runner::cluster(unsigned threads, unsigned blocks, unsigned first, size_t shared_bytes) {
-    const unsigned warps_per_block = threads / 32;
-    for (unsigned b = 0; b < blocks; ++b) {
-        // Bytes of ones are NaNs: what nobody has written shows.
-        std::memset(shared[b], 0xff, shared_bytes);
-        for (unsigned t = 0; t < threads; ++t) {
-            Fiber& fiber = fibers[b * threads + t];
-            const unsigned warp = b * warps_per_block + t / 32;
-            fiber.thread = {{t, 0, 0}, {first + b, 0, 0}, b, t % 32, warp, shared[b]};
+    prepare(threads, blocks, first, shared_bytes);
+    watch_cluster_start();
+    unsigned done = 0;
+    while (done != threads * blocks) {
+        for (unsigned b : block_order.of(blocks)) {
+            run_block(&fibers[b * threads], threads);
+            if (stuck) return;
+        }
+        unsigned freed = done = 0;
+        for (Fiber& fiber : fibers) {
+            done += fiber.state == State::Done;
+            if (fiber.state != State::Cluster || fiber.phase == phase) continue;
             fiber.state = State::Ready;
-            fiber.turn = 0;
-            fiber.stack_pointer = fresh_stack(stacks + (b * threads + t) * STACK);
+            ++freed;
         }
+        if (freed == 0 && done != threads * blocks) return fail("threads wait at a cluster barrier to which others do not come");
     }
-    bool again = true;
-    while (again) {
-        again = false;
-        for (unsigned b = 0; b < blocks; ++b) {
-            Fiber* block = &fibers[b * threads];
-            do {
-                for (unsigned w = 0; w < threads; w += 32) {
-                    do {
-                        for (unsigned t = w; t < w + 32; ++t) {
-                            if (block[t].state == State::Ready) resume(block[t]);
-                        }
-                    } while (settle(block + w, 32, State::Warp));
-                }
-            } while (settle(block, threads, State::Block));
-        }
-        again = settle(fibers.data(), threads * blocks, State::Cluster);
-    }
-    for (unsigned i = 0; i < threads * blocks; ++i) {
-        if (fibers[i].state != State::Done) fail("a thread waits for one that has ended");
-    }
+    if (!watching()) return;
+    std::vector<const Thread*> threads_of;
+    for (const Fiber& fiber : fibers) threads_of.push_back(&fiber.thread);
+    watch_cluster_end(threads_of);
 }
-
-struct Entry {
-    const char* name;
-    Kernel kernel;
-};
 
 std::vector<Entry>& entries() {
     static std::vector<Entry> all;
@@ -278,22 +283,57 @@ std::vector<Entry>& entries() {
 
 } // namespace
 
-Registered::Registered(const char* name, Kernel kernel) { entries().push_back({name, kernel}); }
+Registered::Registered(Entry entry) { entries().push_back(entry); }
 
-uint64_t exchange(uint64_t value, unsigned from) {
+uint64_t exchange(uint64_t value, unsigned from, Site site) {
     Fiber& fiber = *runner.running;
     // No lane is more than one exchange ahead of another, so two buffers are enough.
     uint64_t* values = runner.warps[fiber.thread.warp].values[fiber.turn++ % 2];
     values[fiber.thread.lane] = value;
+    fiber.site = site;
     runner.leave(State::Warp);
     return values[from];
 }
 
-void block_barrier() { runner.leave(State::Block); }
+void warp_barrier(Site site) {
+    Fiber& fiber = *runner.running;
+    fiber.site = site;
+    runner.leave(State::Warp);
+    fiber.thread.warp_syncs += watch_barrier(site);
+}
 
-// Arrival and wait are one here: the kernels do nothing in between.
-void cluster_arrive() {}
-void cluster_wait() { runner.leave(State::Cluster); }
+void block_barrier(Site site) {
+    Fiber& fiber = *runner.running;
+    fiber.site = site;
+    runner.leave(State::Block);
+    fiber.thread.block_syncs += watch_barrier(site);
+}
+
+void cluster_arrive(Site site, bool relaxed) {
+    Runner& r = runner;
+    Fiber& fiber = *r.running;
+    if (fiber.arrived) r.fail("a thread arrives twice at the cluster barrier of " + name_of(site));
+    if (r.arrived == 0) r.arrived_at = site;
+    if (!same(r.arrived_at, site)) r.fail("threads arrive at the cluster barriers of " + name_of(r.arrived_at) + " and " + name_of(site));
+    fiber.arrived = true;
+    fiber.phase = r.phase;
+    const bool orders = watch_barrier(site);
+    fiber.thread.arrivals += orders;
+    if (++r.arrived != r.fibers.size()) return;
+    r.arrived = 0;
+    ++r.phase;
+    if (orders) watch_phase(!relaxed);
+}
+
+void cluster_wait(Site site) {
+    Fiber& fiber = *runner.running;
+    if (!fiber.arrived) return runner.fail("a thread waits at " + name_of(site) + " for a cluster barrier at which it has not arrived");
+    fiber.site = site;
+    // Even where all have arrived: the others of the warp have yet to come here.
+    runner.leave(State::Cluster);
+    fiber.arrived = false;
+    fiber.thread.waits = fiber.thread.arrivals;
+}
 
 void* in_block(void* shared, unsigned rank) {
     return runner.shared[rank] + (static_cast<char*>(shared) - current->shared);
@@ -302,32 +342,66 @@ void* in_block(void* shared, unsigned rank) {
 } // namespace emulation
 
 // The kernel of this name, or null.
-extern "C" emulation::Kernel norm_emulation_find(const char* name) {
+extern "C" const emulation::Entry* norm_emulation_find(const char* name) {
     for (const auto& entry : emulation::entries()) {
-        if (std::strcmp(entry.name, name) == 0) return entry.kernel;
+        if (std::strcmp(entry.name, name) == 0) return &entry;
     }
     return nullptr;
 }
 
-// Runs a kernel over a grid.
-extern "C" void norm_emulation_launch(emulation::Kernel kernel, unsigned grid, unsigned block, size_t shared, unsigned cluster,
-                                      const void* params) {
+// Fibers of this thread's launches run in an order of this seed, 0 for in order.
+extern "C" void norm_emulation_seed(uint64_t seed) { emulation::runner.seed(seed * 0x9e3779b97f4a7c15); }
+
+// Of the clusters of a grid run so many, evenly spread; 0 for all. Of `period` neighbours, which may have
+// more and less to do, as many of each kind. For counting, not for results.
+extern "C" void norm_emulation_sample(unsigned clusters, unsigned period) {
+    emulation::runner.sample = clusters;
+    emulation::runner.period = period;
+}
+
+// Runs a kernel over a grid. What went wrong, until the next launch, or null. The caller has checked the
+// launch against the entry's bounds.
+extern "C" const char* norm_emulation_launch(const emulation::Entry* entry, unsigned grid, unsigned block, size_t shared,
+                                             const void* params) {
     using namespace emulation;
-    if (grid == 0 || block == 0 || block % 32 != 0 || block > 1024 || grid % cluster != 0) fail("a launch out of bounds");
     Runner& r = runner;
-    r.reserve(size_t(block) * cluster);
-    r.fibers.resize(size_t(block) * cluster);
-    r.warps.resize(size_t(block) / 32 * cluster);
+    const unsigned cluster = entry->cluster, clusters = grid / cluster;
+    const size_t fibers = size_t(block) * cluster;
+    r.reserve(fibers);
+    r.fibers.assign(fibers, Fiber{});
+    r.warps.resize(fibers / 32);
     r.shared.assign(cluster, nullptr);
     for (char*& memory : r.shared) {
-        memory = static_cast<char*>(std::malloc(shared ? shared : 1));
-        if (!memory) fail("no shared memory");
+        // Where accesses beyond it are seen, they must not do harm before.
+        memory = static_cast<char*>(std::malloc(shared + (watching() ? 4096 : 1)));
+        if (!memory) give_up("no shared memory");
     }
-    r.kernel = kernel;
+    r.kernel = entry->kernel;
     r.params = params;
+    r.stuck = false;
+    fault.clear();
     block_dim = {block, 1, 1};
     grid_dim = {grid, 1, 1};
-    for (unsigned first = 0; first < grid; first += cluster) r.cluster(block, cluster, first, shared);
+    watched.threads = block;
+    watched.cluster = cluster;
+    watched.shared_bytes = shared;
+    watched.shared = &r.shared;
+    watched.stacks = r.stacks, watched.stacks_end = r.stacks + r.room * STACK;
+    watched.own = reinterpret_cast<const char*>(r.fibers.data());
+    watched.own_end = reinterpret_cast<const char*>(r.fibers.data() + fibers);
+    watched.params = static_cast<const char*>(params);
+    watch_launch();
+    const bool all = r.sample == 0 || r.sample >= clusters;
+    const unsigned count = all ? clusters : r.sample, period = all ? 1 : r.period;
+    for (unsigned i = 0; i < count && !r.stuck; ++i) {
+        const unsigned at = unsigned(uint64_t(i) * (clusters / period) / count) * period + i % period;
+        r.cluster(block, cluster, at * cluster, shared);
+    }
     for (char* memory : r.shared) std::free(memory);
     current = nullptr;
+#ifdef NORM_ASAN
+    // Fibers that were given up left their marks.
+    if (r.stuck) __asan_unpoison_memory_region(r.stacks, r.room * STACK);
+#endif
+    return fault.empty() ? nullptr : fault.c_str();
 }

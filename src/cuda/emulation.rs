@@ -2,19 +2,20 @@
 //!
 //! For tests without a GPU. With the feature on, CPU tensors go through the same plans and kernels as
 //! CUDA tensors do elsewhere. `CANDLE_NORM_EMULATED_SM` (70, 80 or 90) picks the device to plan for.
-//! All memory starts as NaNs, so that an output that no kernel writes is seen.
+//! All memory starts as NaNs, so that an output that no kernel writes is seen. A launch that a GPU would
+//! refuse is an error, and so is what `watch` sees.
 #![allow(unsafe_code)]
 
 use super::entry::Entry;
 use super::machine::{Machine, RunningAddresses};
 use super::params::Params;
-use super::plan::{DeviceProperties, Launch};
+use super::plan::{DeviceProperties, Launch, Plan};
 use crate::request::{Arg, Running};
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, DType, Result, Storage, Tensor, Var};
 use half::{bf16, f16};
-use std::ffi::{c_char, c_void, CString};
+use std::ffi::{c_char, c_void, CStr, CString};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::OnceLock;
 
@@ -23,20 +24,40 @@ mod agree;
 #[cfg(test)]
 mod fused;
 #[cfg(test)]
+mod ledger;
+#[cfg(test)]
+mod planted;
+#[cfg(test)]
 mod tests;
+mod watch;
 
-type Kernel = *const c_void;
+/// What a kernel registers with: its launch bounds beside its name. `emulation::Entry` of `device.h`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+struct Registered {
+    name: *const c_char,
+    function: *const c_void,
+    /// Threads of a block at most.
+    threads: u32,
+    /// Blocks that a multiprocessor holds at least.
+    blocks: u32,
+    /// Blocks of a cluster.
+    cluster: u32,
+}
 
 extern "C" {
-    fn norm_emulation_find(name: *const c_char) -> Kernel;
+    fn norm_emulation_find(name: *const c_char) -> *const Registered;
     fn norm_emulation_launch(
-        kernel: Kernel,
+        kernel: *const Registered,
         grid: u32,
         block: u32,
         shared: usize,
-        cluster: u32,
         params: *const c_void,
-    );
+    ) -> *const c_char;
+    #[cfg(test)]
+    fn norm_emulation_seed(seed: u64);
+    #[cfg(test)]
+    fn norm_emulation_sample(clusters: u32, period: u32);
 }
 
 /// How often every entry point was launched, by its index.
@@ -63,6 +84,12 @@ impl Emulated {
             other => bail!("CANDLE_NORM_EMULATED_SM: got {other}, expected 70, 80 or 90"),
         };
         Ok(Self { properties: DeviceProperties { capability, multiprocessors, shared } })
+    }
+
+    /// A device as no shop has it.
+    #[cfg(test)]
+    fn of(properties: DeviceProperties) -> Self {
+        Self { properties }
     }
 }
 
@@ -136,11 +163,21 @@ impl Machine for Emulated {
     }
 
     fn address(&self, arg: &Arg<CpuStorage>) -> Result<u64> {
-        on_values!(arg.storage, values => Ok(values[arg.offset..].as_ptr().expose_provenance() as u64))
+        on_values!(arg.storage, values => {
+            let values = &values[arg.offset..];
+            let address = values.as_ptr().expose_provenance() as u64;
+            watch::reads(address, values.len(), arg.storage.dtype());
+            Ok(address)
+        })
     }
 
     fn address_mut(&self, storage: &mut CpuStorage) -> Result<u64> {
-        on_values!(storage, values => Ok(values.as_mut_ptr().expose_provenance() as u64))
+        let dtype = storage.dtype();
+        on_values!(storage, values => {
+            let address = values.as_mut_ptr().expose_provenance() as u64;
+            watch::writes(address, values.len(), dtype);
+            Ok(address)
+        })
     }
 
     fn with_running(
@@ -161,27 +198,74 @@ impl Machine for Emulated {
     }
 
     fn launch(&self, launch: &Launch, params: &Params) -> Result<()> {
-        let name = CString::new(launch.entry.name()).map_err(candle_core::Error::wrap)?;
-        // SAFETY: `name` is a C string that outlives the call, which looks it up in a table.
-        let kernel = unsafe { norm_emulation_find(name.as_ptr()) };
-        if kernel.is_null() {
-            bail!("cuda emulation: no kernel {}", launch.entry.name())
-        }
+        let kernel = find(launch.entry.name())?;
+        self.check(launch, kernel)?;
         LAUNCHES[launch.entry.index()].fetch_add(1, Ordering::Relaxed);
-        let Launch { grid, block, shared, cluster, .. } = *launch;
+        let Launch { grid, block, shared, .. } = *launch;
         // SAFETY: `kernel` is a function of one `Params` by address, whose layout `params.rs` and
-        // `params.cuh` state alike. Its addresses are of storages that outlive the call, and the plan
-        // bounds every access by the geometry that those were checked against.
-        unsafe {
-            norm_emulation_launch(
+        // `params.cuh` state alike (a test compares them). Its addresses are of storages that outlive the
+        // call, and the plan bounds every access by the geometry that those were checked against. The
+        // message is a C string that lives until this thread's next launch.
+        let fault = unsafe {
+            let fault = norm_emulation_launch(
                 kernel,
                 grid,
                 block,
                 shared as usize,
-                cluster,
                 std::ptr::from_ref(params).cast(),
-            )
+            );
+            (!fault.is_null()).then(|| CStr::from_ptr(fault).to_string_lossy().into_owned())
         };
+        let Some(fault) = fault else { return Ok(()) };
+        // The op ends here: its memory is another's next.
+        watch::over();
+        bail!("cuda emulation: {}: {fault}", launch.entry.name())
+    }
+
+    fn ran(&self, plan: &Plan, params: &Params) -> Result<()> {
+        watch::moved(plan, params)
+    }
+
+    fn written(&self, storage: &mut CpuStorage) -> Result<()> {
+        let first = on_values!(storage, values => values.as_ptr().expose_provenance() as u64);
+        watch::written_once(storage.dtype(), first)
+    }
+}
+
+/// The kernel as it registered itself.
+fn find(name: &str) -> Result<&'static Registered> {
+    let c_name = CString::new(name).map_err(candle_core::Error::wrap)?;
+    // SAFETY: `c_name` is a C string that outlives the call, which looks it up in a table. The entries of
+    // that table never move or change once the program runs.
+    match unsafe { norm_emulation_find(c_name.as_ptr()).as_ref() } {
+        Some(kernel) => Ok(kernel),
+        None => bail!("cuda emulation: no kernel {name}"),
+    }
+}
+
+impl Emulated {
+    /// What a GPU refuses: a launch beyond the kernel's bounds or the device's.
+    fn check(&self, launch: &Launch, kernel: &Registered) -> Result<()> {
+        let Launch { entry, grid, block, shared, cluster } = *launch;
+        let name = entry.name();
+        let have = self.properties;
+        if block == 0 || block % 32 != 0 || block > kernel.threads {
+            bail!("cuda emulation: {name}: {block} threads, expected warps of at most {}", kernel.threads)
+        }
+        if cluster != kernel.cluster || grid == 0 || grid % cluster != 0 || grid > i32::MAX as u32 {
+            bail!(
+                "cuda emulation: {name}: {grid} blocks in clusters of {cluster}, expected clusters of {}",
+                kernel.cluster
+            )
+        }
+        let shared_limit = if entry.needs_shared_opt_in() { have.shared } else { 48 << 10 };
+        if shared > shared_limit {
+            bail!("cuda emulation: {name}: {shared} bytes of shared memory, expected at most {shared_limit}")
+        }
+        let needs = entry.module().needs_capability().max(if cluster > 1 { 90 } else { 0 });
+        if have.capability < needs {
+            bail!("cuda emulation: {name}: capability {}, expected {needs}", have.capability)
+        }
         Ok(())
     }
 }

@@ -22,7 +22,7 @@
 //!   order them itself.
 
 use super::params::Params;
-use super::plan::{DeviceProperties, Launch};
+use super::plan::{DeviceProperties, Launch, Plan};
 use crate::request::{Arg, Running};
 use candle_core::{DType, Result};
 
@@ -62,6 +62,11 @@ pub(crate) trait Machine {
     ) -> Result<()>;
 
     fn launch(&self, launch: &Launch, params: &Params) -> Result<()>;
+
+    /// Every launch of a plan was made: for a machine that counts what they moved.
+    fn ran(&self, _plan: &Plan, _params: &Params) -> Result<()> {
+        Ok(())
+    }
 
     /// Everything that writes `storage` is launched: for a machine that orders streams by events.
     fn written(&self, _storage: &mut Self::Storage) -> Result<()> {

@@ -191,7 +191,8 @@ fn run<M: Machine>(machine: &M, plan: &Plan, at: &Arguments) -> Result<()> {
     };
     let workspace = scratch.as_mut().map_or(Ok(0), |scratch| machine.address_mut(scratch))?;
     let params = plan.bind(at, workspace);
-    plan.launches.iter().try_for_each(|launch| machine.launch(launch, &params))
+    plan.launches.iter().try_for_each(|launch| machine.launch(launch, &params))?;
+    machine.ran(plan, &params)
 }
 
 fn run_forward<M: Machine>(machine: &M, call: Forward<M::Storage>) -> Result<Normed<M::Storage>> {

@@ -6,7 +6,7 @@
 //! gradients come in does, since they are sums over the batch.
 
 mod columns;
-mod held;
+pub(super) mod held;
 mod residency;
 mod split;
 #[cfg(test)]
@@ -18,6 +18,24 @@ use crate::fusion::{Activation, Fusion};
 use crate::geometry::{Affine, Geometry};
 use crate::request::Blocks;
 use candle_core::{bail, Result};
+
+/// Threads of a block that merges parts.
+const COMBINE_BLOCK: usize = 256;
+
+/// Threads of a kernel's block at most, and blocks of its cluster: what its entry points are bound to.
+#[cfg(all(test, feature = "cuda-emulation"))]
+pub(super) fn bounds(kernel: Kernel) -> (usize, usize) {
+    use Kernel::*;
+    match kernel {
+        ForwardHeld | BackwardRows | BackwardSets => (held::MAX_BLOCK, 1),
+        ForwardCluster | BackwardSetsCluster => (held::CLUSTER_BLOCK, held::CLUSTER),
+        BackwardRowsCluster => (held::MAX_BLOCK, held::CLUSTER),
+        SplitColumnSums => (split::COLUMNS_BLOCK, 1),
+        SplitMoments | SplitForward | SplitSums | SplitBackward => (split::BLOCK, 1),
+        ColumnMoments | ColumnForward | ColumnSums | ColumnBackward => (columns::BLOCK, 1),
+        CombineMoments | CombineSums | ReduceParams | MoveRunning => (COMBINE_BLOCK, 1),
+    }
+}
 
 /// What the plan asks of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -387,6 +405,11 @@ impl<'a> Builder<'a> {
         self.traffic += passes * self.g.elements() * self.r.element.bytes();
     }
 
+    /// Counts those of the last pass of a backward. dx needs x for its sums, a fused z in any case.
+    fn gradient_passes(&mut self, needs_x: bool, dx: bool) {
+        self.passes(1 + (needs_x || self.r.is_fused()) as usize + dx as usize);
+    }
+
     /// Elements of one access.
     fn unit(&self, access: Access) -> usize {
         match access {
@@ -463,7 +486,7 @@ impl<'a> Builder<'a> {
 
     /// Says how parts lie, and merges them: a set by a few lanes of a warp, or by a whole block.
     fn combine(&mut self, kernel: Kernel, part: Part) -> Result<()> {
-        const BLOCK: usize = 256;
+        const BLOCK: usize = COMBINE_BLOCK;
         self.set_part(part);
         let items = part.chunks * part.run;
         let lanes = match items.div_ceil(4).next_power_of_two() {
@@ -487,10 +510,13 @@ impl<'a> Builder<'a> {
 
     /// Adds up `copies` of the parameters' gradients, `width` long, `span` of which are a parameter's.
     fn reduce(&mut self, copies: usize, width: usize, span: usize) -> Result<()> {
-        const BLOCK: usize = 256;
+        const BLOCK: usize = COMBINE_BLOCK;
         let params = self.g.params() * self.r.samples();
-        // Neighbouring columns side by side fill a sector; the rest of the block shares out the copies.
-        let columns = if span == 1 { params.next_power_of_two().min(8) } else { 1 };
+        // Four parts a thread, as far as threads go: of neighbouring parameters eight side by side fill a
+        // sector.
+        let most = if span == 1 { BLOCK / 8 } else { BLOCK };
+        let lanes = (copies * span).div_ceil(4).next_power_of_two().min(most);
+        let columns = (BLOCK / lanes).min(params.next_power_of_two());
         self.schedule.copies = copies as u64;
         self.schedule.param_width = width as u64;
         self.schedule.param_span = span as u64;

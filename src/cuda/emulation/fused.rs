@@ -2,8 +2,11 @@
 //!
 //! Kept separate from `tests`, whose ladder has every kernel: here every fusion meets every family.
 
-use super::tests::{assert_close, batch, groups, half_ulp, noise, rows, to_f64, to_storage, DTYPES, EPS};
+use super::tests::{
+    assert_close, batch, groups, half_ulp, large, noise, rows, small, to_f64, to_storage, DTYPES, EPS,
+};
 use super::Emulated;
+use crate::cuda::plan::DeviceProperties;
 use crate::cuda::{run_backward, run_forward};
 use crate::fusion::{Activation, Fusion, Gate};
 use crate::geometry::{Affine, Geometry};
@@ -180,9 +183,9 @@ fn oracle(case: &Case, t: &Tensors) -> Oracle {
     Oracle { y: y.collect(), dx: all().map(dx).collect(), sum, dz, dgate, dweight, dbias }
 }
 
-fn check(capability: u32, case: &Case) -> Result<()> {
-    let machine = Emulated::new(capability)?;
-    let (t, what) = (case.tensors(), |part: &str| format!("sm_{capability} {case:?} {part}"));
+fn check(device: DeviceProperties, case: &Case) -> Result<()> {
+    let machine = Emulated::of(device);
+    let (t, what) = (case.tensors(), |part: &str| format!("{device:?} {case:?} {part}"));
     let expected = oracle(case, &t);
     let stored = |v: &[f64]| to_storage(v, case.dtype);
     let (x, residual, skip, gate, dy) =
@@ -268,27 +271,29 @@ fn assert_close_if(what: &str, got: Option<&CpuStorage>, expected: &[f64], toler
 }
 
 /// A geometry for every family of kernels, of bytes per set where that decides.
-fn families(dtype: DType) -> Vec<(u32, Geometry)> {
+fn families(dtype: DType) -> Vec<(DeviceProperties, Geometry)> {
     let per = 2 * 1024 / dtype.size_in_bytes();
     let columns =
         |outer, rows, width, run, affine| Geometry { outer, rows, width, run, affine, center: true };
+    let [sm80, sm90] = [80, 90].map(large);
     let mut all = vec![
-        (80, rows(6, 48)),
-        (80, Geometry { center: false, ..rows(4, 3 * per) }),
-        (80, rows(4, 31)),
+        (sm80, rows(6, 48)),
+        (sm80, Geometry { center: false, ..rows(4, 3 * per) }),
+        (sm80, rows(4, 31)),
         // Too wide for a block's columns; beyond the chip.
-        (80, rows(2, 20 * per)),
-        (70, rows(4, 60 * per)),
-        (80, groups(2, 2, 3, 32)),
-        (80, groups(2, 3, 1, 20)),
-        (70, groups(2, 2, 2, 25 * per)),
-        (90, batch(4, 3, 40)),
-        (70, batch(3, 2, 20 * per)),
-        (80, columns(1, 60, 24, 1, Affine::Column { span: 1 })),
-        (80, columns(2, 17, 40, 1, Affine::Row)),
+        (sm80, rows(2, 20 * per)),
+        (small(70), rows(4, 17 * per)),
+        (sm80, groups(2, 2, 3, 32)),
+        (sm80, groups(2, 3, 1, 20)),
+        (small(70), groups(2, 2, 2, 9 * per)),
+        (sm90, batch(4, 3, 40)),
+        (small(70), batch(3, 2, 9 * per)),
+        (sm80, columns(1, 60, 24, 1, Affine::Column { span: 1 })),
+        (sm80, columns(2, 17, 40, 1, Affine::Row)),
     ];
     if dtype != DType::F64 {
-        all.extend([(90, rows(2, 20 * per)), (90, batch(2, 2, 30 * per)), (90, groups(1, 2, 3, 20 * per))]);
+        let few = [rows(2, 15 * per), batch(2, 2, 15 * per), groups(1, 2, 3, 5 * per)];
+        all.extend(few.map(|geometry| (small(90), geometry)));
     }
     all
 }
@@ -300,14 +305,14 @@ fn case(geometry: Geometry, dtype: DType) -> Case {
 #[test]
 fn activations_and_skips() -> Result<()> {
     for dtype in DTYPES {
-        for (at, (capability, geometry)) in families(dtype).into_iter().enumerate() {
+        for (at, (device, geometry)) in families(dtype).into_iter().enumerate() {
             // Every activation in the smallest, one each in the others, which differ in how they walk.
             let some = if at == 0 { &Activation::ALL[..] } else { &Activation::ALL[at % 8..][..1] };
             for &activation in some {
                 let fusion = Fusion { activation: Some(activation), ..Fusion::default() };
-                check(capability, &Case { fusion, skip: at % 2 == 0, ..case(geometry, dtype) })?;
+                check(device, &Case { fusion, skip: at % 2 == 0, ..case(geometry, dtype) })?;
             }
-            check(capability, &Case { skip: true, ..case(geometry, dtype) })?;
+            check(device, &Case { skip: true, ..case(geometry, dtype) })?;
         }
     }
     Ok(())
@@ -316,11 +321,11 @@ fn activations_and_skips() -> Result<()> {
 #[test]
 fn residuals_offsets_and_gates() -> Result<()> {
     for dtype in DTYPES {
-        for (capability, geometry) in families(dtype) {
+        for (device, geometry) in families(dtype) {
             let fusion = Fusion { weight_offset: 1.0, ..Fusion::default() };
-            check(capability, &Case { fusion, residual: true, ..case(geometry, dtype) })?;
+            check(device, &Case { fusion, residual: true, ..case(geometry, dtype) })?;
             let fusion = Fusion { gate: Some(Gate::After), ..Fusion::default() };
-            check(capability, &Case { fusion, ..case(geometry, dtype) })?;
+            check(device, &Case { fusion, ..case(geometry, dtype) })?;
         }
     }
     Ok(())
@@ -330,15 +335,15 @@ fn residuals_offsets_and_gates() -> Result<()> {
 fn parameters_of_every_sample() -> Result<()> {
     for dtype in DTYPES {
         let per = 2 * 1024 / dtype.size_in_bytes();
-        for (capability, geometry) in [
-            (80, rows(6, 48)),
-            (80, rows(12, 31)),
-            (80, rows(6, 3 * per)),
-            (80, rows(4, 20 * per)),
-            (70, rows(4, 60 * per)),
+        for (device, geometry) in [
+            (large(80), rows(6, 48)),
+            (large(80), rows(12, 31)),
+            (large(80), rows(6, 3 * per)),
+            (large(80), rows(4, 20 * per)),
+            (small(70), rows(4, 17 * per)),
         ] {
             let fusion = Fusion { weight_offset: 1.0, tokens: Some(2), ..Fusion::default() };
-            check(capability, &Case { fusion, ..case(geometry, dtype) })?;
+            check(device, &Case { fusion, ..case(geometry, dtype) })?;
         }
     }
     Ok(())
@@ -348,11 +353,12 @@ fn parameters_of_every_sample() -> Result<()> {
 fn blocks_apart() -> Result<()> {
     for dtype in DTYPES {
         let per = 2 * 1024 / dtype.size_in_bytes();
-        for (capability, n) in [(80, 48), (80, 31), (80, 3 * per), (80, 20 * per), (70, 60 * per)] {
+        let (sm80, small) = (large(80), small(70));
+        for (device, n) in [(sm80, 48), (sm80, 31), (sm80, 3 * per), (sm80, 20 * per), (small, 17 * per)] {
             // Heads of a query inside a projection, transposed: [2, 3 of 5, 2 tokens].
             let blocks = Blocks { dims: [1, 2, 3, 2], strides: [0, 12 * n, n, 5 * n] };
-            check(capability, &Case { blocks: Some(blocks), ..case(rows(12, n), dtype) })?;
-            check(capability, &Case { blocks: Some(blocks), residual: true, ..case(rows(12, n), dtype) })?;
+            check(device, &Case { blocks: Some(blocks), ..case(rows(12, n), dtype) })?;
+            check(device, &Case { blocks: Some(blocks), residual: true, ..case(rows(12, n), dtype) })?;
         }
     }
     Ok(())

@@ -5,6 +5,7 @@
 
 use super::{launches, Emulated};
 use crate::cuda::machine::Machine;
+use crate::cuda::plan::DeviceProperties;
 use crate::cuda::{run_backward, run_forward, run_gradient_sums, run_input_gradient, run_statistics};
 use crate::geometry::{Affine, Geometry};
 use crate::request::{Arg, Backward, Forward, Given, Norm, Normed, Running, Want};
@@ -154,10 +155,10 @@ pub(super) fn assert_close(what: &str, got: &CpuStorage, expected: &[f64], toler
 }
 
 /// Runs forward and backward of a geometry on an emulated device.
-fn check(capability: u32, geometry: Geometry, dtype: DType, offset: usize) -> Result<()> {
-    let machine = Emulated::new(capability)?;
+pub(super) fn check(device: DeviceProperties, geometry: Geometry, dtype: DType, offset: usize) -> Result<()> {
+    let machine = Emulated::of(device);
     let data = Data::new(geometry, dtype, offset);
-    let what = |part: &str| format!("sm_{capability} {geometry:?} {dtype:?} offset {offset} {part}");
+    let what = |part: &str| format!("{device:?} {geometry:?} {dtype:?} offset {offset} {part}");
     let (x, dy) = (data.stored(&data.x), data.stored(&data.dy));
     let (weight, bias) = (to_storage(&data.weight, DType::F32), to_storage(&data.bias, DType::F32));
     let arg = |storage, offset| Arg { storage, offset };
@@ -278,105 +279,100 @@ pub(super) fn batch(samples: usize, channels: usize, space: usize) -> Geometry {
     Geometry { outer: 1, rows: samples, width: channels * space, run: space, affine, center: true }
 }
 
+/// A device of which a block has a seventh of the shared memory, and which has four multiprocessors: sets
+/// of tens of kilobytes go to clusters and beyond the chip there, and workers have several rows each.
+pub(super) fn small(capability: u32) -> DeviceProperties {
+    DeviceProperties { capability, multiprocessors: 4, shared: 24 << 10 }
+}
+
+pub(super) fn large(capability: u32) -> DeviceProperties {
+    *Emulated::new(capability).expect("a known capability").properties()
+}
+
+fn columns(outer: usize, rows: usize, width: usize, run: usize, affine: Affine) -> Geometry {
+    Geometry { outer, rows, width, run, affine, center: true }
+}
+
 /// Every rung that a dtype has, by the bytes of a set; odd lengths and odd offsets take the scalar ones.
-fn ladder(dtype: DType) -> Vec<(u32, Geometry, usize)> {
+pub(super) fn ladder(dtype: DType) -> Vec<(DeviceProperties, Geometry, usize)> {
     let per = 2 * 1024 / dtype.size_in_bytes(); // elements in 2 KiB
-    let wide = dtype != DType::F64;
     let rms = |g: Geometry| Geometry { center: false, ..g };
+    let own = Affine::Column { span: 1 };
+    let [sm70, sm80, sm90] = [70, 80, 90].map(large);
     let mut all = vec![
         // Lanes of a warp: one element, less than an access, several sets a block, rows beyond a grid's.
-        (70, rows(3, 1), 0),
-        (70, rows(37, 7), 0),
-        (70, rows(300, per / 4), 0),
-        (90, rms(rows(9, per / 2)), 0),
-        (80, rows(5, per), 1),
+        (sm70, rows(3, 1), 0),
+        (sm70, rows(37, 7), 0),
+        (sm70, rows(300, per / 4), 0),
+        (sm90, rms(rows(9, per / 2)), 0),
+        (sm80, rows(5, per), 1),
         // A block's registers.
-        (80, rows(3, 3 * per), 0),
-        (90, rms(rows(2, 4 * per + 1)), 0),
-        (80, groups(2, 3, 4, 15), 0),
-        (80, groups(3, 2, 5, 16), 0),
-        (80, groups(2, 2, 3, 1), 0),
-        (90, batch(4, 3, 40), 0),
-        (90, batch(3, 2, 49), 1),
+        (sm80, rows(3, 3 * per), 0),
+        (sm90, rms(rows(2, 4 * per + 1)), 0),
+        (sm80, groups(2, 3, 4, 15), 0),
+        (sm80, groups(3, 2, 5, 16), 0),
+        (sm80, groups(2, 2, 3, 1), 0),
+        (sm90, batch(4, 3, 40), 0),
+        (sm90, batch(3, 2, 49), 1),
         // Shared memory: 20 KiB and more a set and no cluster; segments with parameters of their own.
-        (80, rows(2, 20 * per), 0),
-        (80, rows(2, 20 * per + 3), 0),
-        (90, groups(2, 2, 3, 2 * per), 0),
-        (90, groups(2, 1, 7, per / 16 * 5 + 1), 0),
+        (sm80, rows(2, 20 * per), 0),
+        (sm80, rows(2, 20 * per + 3), 0),
+        (sm90, groups(2, 2, 3, 2 * per), 0),
+        (sm90, groups(2, 1, 7, per / 16 * 5 + 1), 0),
         // Beyond the chip: rows, segments, segments longer than a chunk.
-        (70, rows(9, 60 * per), 0),
-        (70, rows(2, 60 * per + 1), 0),
-        (70, groups(2, 2, 5, 10 * per), 0),
-        (70, groups(1, 2, 3, 33 * per + 1), 0),
-        (70, groups(1, 1, 2000, 31), 0),
-        (70, batch(5, 2, 20 * per), 0),
-        (70, batch(60, 2, per), 0),
-        (70, batch(3, 2, 20 * per + 1), 1),
+        (small(70), rows(9, 13 * per), 0),
+        (small(70), rows(2, 33 * per), 0),
+        (small(70), rows(2, 33 * per + 1), 0),
+        (small(70), groups(2, 2, 5, 4 * per), 0),
+        (small(70), groups(1, 2, 2, 9 * per), 0),
+        (small(70), groups(1, 2, 3, 9 * per + 1), 0),
+        (small(70), groups(1, 1, 26 * per / 31, 31), 0),
+        (small(70), batch(5, 2, 9 * per), 0),
+        (small(70), batch(2, 1, 17 * per), 0),
+        (small(70), batch(2, 1, 17 * per + 1), 0),
+        (small(70), batch(26, 2, per), 0),
+        (small(70), batch(3, 2, 9 * per + 1), 1),
+        (small(70), batch(9, 1, 9 * per + 1), 1),
         // Columns: channels last, short runs, parameters by row.
-        (
-            80,
-            Geometry {
-                outer: 1,
-                rows: 300,
-                width: 24,
-                run: 1,
-                affine: Affine::Column { span: 1 },
-                center: true,
-            },
-            0,
-        ),
-        (
-            80,
-            Geometry {
-                outer: 2,
-                rows: 50,
-                width: 15,
-                run: 5,
-                affine: Affine::Column { span: 1 },
-                center: true,
-            },
-            0,
-        ),
-        (
-            80,
-            Geometry {
-                outer: 2,
-                rows: 2100,
-                width: 64,
-                run: 16,
-                affine: Affine::Column { span: 1 },
-                center: true,
-            },
-            0,
-        ),
-        (80, batch(20, 12, 4), 1),
-        (80, Geometry { outer: 2, rows: 17, width: 80, run: 1, affine: Affine::Row, center: true }, 0),
-        (90, Geometry { outer: 1, rows: 70, width: 33, run: 1, affine: Affine::Row, center: false }, 0),
+        (sm80, columns(1, 300, 24, 1, own), 0),
+        (sm80, columns(2, 50, 15, 5, own), 0),
+        (sm80, columns(1, 2100, 64, 16, own), 0),
+        (sm80, batch(20, 12, 4), 1),
+        (sm80, columns(2, 17, 80, 1, Affine::Row), 0),
+        (sm90, rms(columns(1, 70, 33, 1, Affine::Row)), 0),
     ];
-    if wide {
+    if dtype != DType::F64 {
         all.extend([
-            (90, rows(2, 12 * per), 0),
-            (90, rows(2, 20 * per), 0),
-            (90, rows(2, 40 * per), 0),
-            (90, rms(rows(2, 80 * per)), 0),
-            (90, rows(2, 160 * per), 0),
-            (90, rows(2, 70 * per + 1), 0),
-            (90, rows(3, 8 * per), 0),
-            (90, rows(3, 30 * per), 0),
-            (90, groups(2, 2, 3, 12 * per), 0),
-            (90, groups(2, 1, 3, 12 * per + 1), 0),
-            (90, batch(2, 2, 30 * per), 0),
+            (sm90, rows(2, 12 * per), 0),
+            (sm90, rows(2, 20 * per), 0),
+            (sm90, rows(2, 40 * per), 0),
+            (sm90, rows(3, 8 * per), 0),
+            (sm90, rms(rows(2, 18 * per)), 0),
+            // Wider than the registers of a cluster, the first of them in 16 bits.
+            (sm90, rows(2, 66 * per), 0),
+            (sm90, rows(1, 65536 + per), 0),
+            (small(90), rms(rows(2, 40 * per)), 0),
+            (small(90), rows(2, 20 * per), 0),
+            (small(90), rows(2, 33 * per + 1), 0),
+            (small(90), groups(2, 2, 3, 5 * per), 0),
+            (small(90), groups(2, 1, 3, 5 * per + 1), 0),
+            // Segments in pieces.
+            (small(90), groups(1, 2, 3, 11 * per), 0),
+            (small(90), groups(1, 1, 3, 11 * per + 1), 0),
+            (small(90), batch(2, 2, 10 * per), 0),
         ]);
     }
     if dtype.size_in_bytes() == 2 {
         // Accesses of 8 bytes.
         all.extend([
-            (80, rows(5, 100), 0),
-            (80, rows(3, 64), 4),
-            (90, batch(4, 3, 196), 0),
-            (80, groups(2, 2, 3, 36), 0),
-            (70, rows(2, 60 * per + 4), 0),
-            (90, batch(4, 2, 12 * per + 4), 0),
+            (sm80, rows(5, 100), 0),
+            (sm80, rows(3, 64), 4),
+            (sm90, batch(4, 3, 196), 0),
+            (sm80, groups(2, 2, 3, 36), 0),
+            (small(70), rows(2, 33 * per + 4), 0),
+            (small(70), batch(3, 2, 9 * per + 4), 0),
+            (small(90), batch(4, 2, 9 * per + 4), 0),
+            (sm90, rms(rows(1, 66 * per)), 0),
         ]);
     }
     all
@@ -387,7 +383,7 @@ fn every_kernel_runs_and_is_right() -> Result<()> {
     let climb = |dtype| {
         ladder(dtype)
             .into_iter()
-            .try_for_each(|(capability, geometry, offset)| check(capability, geometry, dtype, offset))
+            .try_for_each(|(device, geometry, offset)| check(device, geometry, dtype, offset))
     };
     std::thread::scope(|scope| {
         let all = DTYPES.map(|dtype| scope.spawn(move || climb(dtype)));
@@ -404,11 +400,11 @@ fn every_kernel_runs_and_is_right() -> Result<()> {
 /// norm averages over samples.
 fn running_statistics() -> Result<()> {
     for dtype in DTYPES {
-        for (capability, geometry) in [
-            (90, batch(4, 3, 40)),
-            (70, batch(5, 2, 100_000)),
-            (80, batch(40, 3, 1)),
-            (80, groups(4, 3, 1, 33)),
+        for (device, geometry) in [
+            (large(90), batch(4, 3, 40)),
+            (small(70), batch(5, 2, 5_000)),
+            (large(80), batch(40, 3, 1)),
+            (large(80), groups(4, 3, 1, 33)),
         ] {
             let data = Data::new(geometry, dtype, 0);
             let x = data.stored(&data.x);
@@ -419,7 +415,7 @@ fn running_statistics() -> Result<()> {
                 momentum: 0.25,
             };
             run_forward(
-                &Emulated::new(capability)?,
+                &Emulated::of(device),
                 Forward {
                     running: Some(&running),
                     ..Forward::new(data.norm, Arg { storage: &x, offset: 0 })

@@ -47,9 +47,14 @@ impl Module {
 }
 
 impl Entry {
-    #[cfg(test)]
+    #[cfg(any(feature = "cuda-emulation", test))]
     pub fn kernel(self) -> super::Kernel {
         TABLE[self.index()].kernel
+    }
+
+    #[cfg(feature = "cuda-emulation")]
+    pub fn element(self) -> super::Element {
+        TABLE[self.index()].element
     }
 
     pub fn module(self) -> Module {

@@ -6,7 +6,7 @@ use crate::cuda::params::{flags, Divisor};
 use crate::geometry::Affine;
 use candle_core::Result;
 
-const BLOCK: usize = 256;
+pub(crate) const BLOCK: usize = 256;
 /// Bytes of a tile: eight 16-byte accesses a thread.
 const TILE_BYTES: usize = 32 << 10;
 /// Parts of a set at most, so that merging them stays small beside the passes over the data.
@@ -103,8 +103,7 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
         b.after_sums(part, needs)?;
     }
     if own || ((needs.dx || needs.upstream) && !needs.params()) {
-        input_gradient(b)?;
-        b.traffic -= needs.fixed as usize * b.g.elements() * b.r.element.bytes();
+        launch_input_gradient(b, needs.fixed, needs.dx)?;
     }
     Ok(())
 }
@@ -119,7 +118,7 @@ fn backward_rows(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
     }
     let tiles = b.tiles();
     b.launch_tiles(Kernel::ColumnBackward, tiles, 0)?;
-    b.passes(2 + needs.dx as usize);
+    b.gradient_passes(!needs.fixed || needs.params(), needs.dx);
     match needs.params() {
         true => b.reduce_parts(b.g.outer * tiles.1, b.g.rows),
         false => Ok(()),
@@ -127,8 +126,11 @@ fn backward_rows(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
 }
 
 pub(super) fn input_gradient(b: &mut Builder) -> Result<()> {
+    launch_input_gradient(b, false, true)
+}
+
+fn launch_input_gradient(b: &mut Builder, fixed: bool, dx: bool) -> Result<()> {
     let tiles = b.tiles();
-    b.launch_tiles(Kernel::ColumnBackward, tiles, 0)?;
-    b.passes(3);
-    Ok(())
+    b.gradient_passes(!fixed, dx);
+    b.launch_tiles(Kernel::ColumnBackward, tiles, 0)
 }

@@ -11,22 +11,37 @@ use candle_core::Result;
 /// Bytes of a set for each of its threads: four accesses of 16.
 const THREAD_BYTES: usize = 64;
 /// Threads of the widest blocks, as the launch bounds say.
-const MAX_BLOCK: usize = 512;
+pub(crate) const MAX_BLOCK: usize = 512;
 /// The same for blocks of a cluster, `backward_rows` excepted.
-const CLUSTER_BLOCK: usize = 256;
+pub(crate) const CLUSTER_BLOCK: usize = 256;
 /// Threads of a block that has several sets.
 const SEVERAL_BLOCK: usize = 256;
 /// Where there are clusters, a block alone takes sets up to this: two of them fit a multiprocessor.
 const ALONE_BYTES: usize = 96 << 10;
 /// Blocks of a cluster.
-const CLUSTER: usize = 8;
+pub(crate) const CLUSTER: usize = 8;
 
 /// Elements of x, and of dy, that a thread of `backward_rows` has (`BACKWARD_ELEMENTS`).
-pub(super) fn backward_elements(element: Element) -> usize {
+pub(crate) fn backward_elements(element: Element) -> usize {
     match element {
         Element::F64 => 8,
         _ => 16,
     }
+}
+
+/// Bytes of shared memory through which a group exchanges sums (`Group::BYTES`).
+pub(crate) fn slots(accumulator: usize) -> usize {
+    2 * (3 * MAX_BLOCK / 32 + 3 * CLUSTER) * accumulator + 16
+}
+
+/// Bytes of shared memory for `len` elements (`held_bytes`).
+pub(crate) fn held_bytes(element: Element, len: usize) -> usize {
+    (len * element.bytes()).next_multiple_of(16)
+}
+
+/// Elements of room for one in the accumulation dtype (`HeldGradient::WIDE`).
+pub(crate) fn wide(element: Element) -> usize {
+    element.accumulator_bytes() / element.bytes()
 }
 
 /// Where a set is held.
@@ -58,20 +73,18 @@ pub(super) struct Segs {
 }
 
 impl Builder<'_> {
-    /// Bytes of shared memory through which a group exchanges sums (`Group::BYTES`).
     pub(super) fn slots(&self) -> usize {
-        2 * (3 * 16 + 3 * 8) * self.accumulator() + 16
+        slots(self.accumulator())
     }
 
-    /// Bytes of shared memory for `len` elements (`held_bytes`).
     pub(super) fn held_bytes(&self, len: usize) -> usize {
-        (len * self.r.element.bytes()).next_multiple_of(16)
+        held_bytes(self.r.element, len)
     }
 
     /// Elements of room that one of dy takes: where something is fused, dz takes its place, unrounded.
     pub(super) fn gradient_step(&self) -> usize {
         if self.r.is_fused() {
-            self.accumulator() / self.r.element.bytes()
+            wide(self.r.element)
         } else {
             1
         }

@@ -7,8 +7,8 @@ use crate::cuda::params::flags;
 use candle_core::Result;
 
 /// Threads of split kernels.
-const BLOCK: usize = 256;
-const COLUMNS_BLOCK: usize = 128;
+pub(crate) const BLOCK: usize = 256;
+pub(crate) const COLUMNS_BLOCK: usize = 128;
 /// Bytes of x in a chunk of the forward, and of x or dy in one of the backward: six and more blocks
 /// share a multiprocessor.
 const FORWARD_BYTES: usize = 32 << 10;
@@ -150,8 +150,7 @@ fn backward_columns(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
         }
     }
     if needs.dx || (needs.upstream && !needs.params()) {
-        launch_input_gradient(b)?;
-        b.passes(if needs.fixed { 2 } else { 3 });
+        launch_input_gradient(b, needs.fixed, needs.dx)?;
     }
     Ok(())
 }
@@ -160,8 +159,7 @@ fn backward_columns(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
 pub(super) fn backward_fixed(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
     if !needs.params() {
         if needs.dx || needs.upstream {
-            launch_input_gradient(b)?;
-            b.passes(2);
+            launch_input_gradient(b, true, needs.dx)?;
         }
         return Ok(());
     }
@@ -172,13 +170,13 @@ pub(super) fn backward_fixed(b: &mut Builder, needs: &BackwardNeeds) -> Result<(
     b.after_sums(part, needs)
 }
 
-fn launch_input_gradient(b: &mut Builder) -> Result<()> {
+fn launch_input_gradient(b: &mut Builder, fixed: bool, dx: bool) -> Result<()> {
     let access = b.access(b.g.run);
     b.cut(b.runs(), access, BACKWARD_BYTES / b.gradient_step());
+    b.gradient_passes(!fixed, dx);
     b.launch_split(Kernel::SplitBackward, access, true)
 }
 
 pub(super) fn input_gradient(b: &mut Builder) -> Result<()> {
-    b.passes(3);
-    launch_input_gradient(b)
+    launch_input_gradient(b, false, true)
 }
