@@ -1,23 +1,25 @@
 // The affine map's parameters: which of them V neighbouring elements of a set have.
 //
 // The one place that reads weight and bias. Neighbours of one access have neighbouring parameters, aligned
-// as 16 bytes, or one parameter: the plan sees to it. The dtype is a run-time value, the same for all threads:
-// the loops around it are not unrolled, so that a branch costs a few slots a pack and no code.
+// as 16 bytes, or one parameter: the plan sees to it. The dtype is a run-time value, the same for all threads.
 #pragma once
 #include "element.cuh"
 
-template <class A> struct Affine {
+// T is x's element, in the loops over elements: there its own dtype comes first.
+template <class A, class T = float> struct Affine {
     const Params& p;
     u64 first; // parameter of element 0
 
     __device__ Affine(const Params& p, u64 first) : p(p), first(first) {}
 
     // Elements e .. e + V of the set, counted from the one that `first` belongs to.
-    template <int V> __device__ void weight(u32 e, A (&w)[V]) const {
+    template <int V, bool OFFSET = true> __device__ void weight(u32 e, A (&w)[V]) const {
         if (p.weight) {
             load(p.weight, p.weight_dtype, e, w);
+            if constexpr (OFFSET) {
 #pragma unroll
-            for (int v = 0; v < V; ++v) w[v] += A(p.weight_offset);
+                for (int v = 0; v < V; ++v) w[v] += A(p.weight_offset);
+            }
         } else {
             fill(w, A(1));
         }
@@ -31,9 +33,9 @@ template <class A> struct Affine {
     }
     // The weight that a whole set, column or row has.
     __device__ A weight_at(u64 param) const {
-        return p.weight ? load_param<A>(p.weight, p.weight_dtype, param) + A(p.weight_offset) : A(1);
+        return p.weight ? load_param<A, T>(p.weight, p.weight_dtype, param) + A(p.weight_offset) : A(1);
     }
-    __device__ A bias_at(u64 param) const { return p.bias ? load_param<A>(p.bias, p.bias_dtype, param) : A(0); }
+    __device__ A bias_at(u64 param) const { return p.bias ? load_param<A, T>(p.bias, p.bias_dtype, param) : A(0); }
     // Weights where they differ within a set, else ones: a weight that a whole set shares is
     // multiplied into the sums instead.
     template <int V> __device__ void varying_weight(u32 e, A (&w)[V]) const {
@@ -45,14 +47,17 @@ template <class A> struct Affine {
     }
     __device__ A shared_weight() const { return p.has(PER_SET) ? weight_at(first) : A(1); }
 
-    // Asks for the parameters of element e ahead of their use.
-    __device__ void ask(u32 e) const {
-        const auto line = [&](const void* from, u32 dtype) {
-            const u32 bytes = dtype == 0 ? 4 : dtype == 3 ? 8 : 2;
-            if (from) prefetch(static_cast<const char*>(from) + (first + e) * bytes);
+    // Asks for the parameters of elements from .. to ahead of their use: a cache line by each lane.
+    __device__ void ask(u32 from, u32 to, u32 lane, u32 lanes) const {
+        const auto lines = [&](const void* params, u32 dtype) {
+            const u32 shift = dtype == 0 ? 2 : dtype == 3 ? 3 : 1;
+            const char* start = static_cast<const char*>(params) + ((first + from) << shift);
+            if (!params) return;
+#pragma unroll 1
+            for (u32 at = lane * 128; at < (to - from) << shift; at += lanes * 128) prefetch(start + at);
         };
-        line(p.weight, p.weight_dtype);
-        line(p.bias, p.bias_dtype);
+        lines(p.weight, p.weight_dtype);
+        lines(p.bias, p.bias_dtype);
     }
 
   private:
@@ -62,9 +67,9 @@ template <class A> struct Affine {
     }
     template <int V> __device__ void load(const void* from, u32 dtype, u32 e, A (&to)[V]) const {
         if (p.has(PER_COLUMN)) {
-            load_neighbours(from, dtype, first + e, to);
+            load_neighbours<T>(from, dtype, first + e, to);
         } else {
-            fill(to, load_param<A>(from, dtype, first + (p.has(PER_SET) ? 0 : p.by_span(e))));
+            fill(to, load_param<A, T>(from, dtype, first + (p.has(PER_SET) ? 0 : p.by_span(e))));
         }
     }
 };

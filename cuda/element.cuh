@@ -89,6 +89,9 @@ template <int PENDING = 0> __device__ inline void copies_done() {
 #endif
 }
 
+template <class T> constexpr bool IS_BF16 = false;
+template <> constexpr bool IS_BF16<__nv_bfloat16> = true;
+
 // V neighbouring elements, loaded and stored in one access.
 template <class T, int V> struct Pack {
     static constexpr int BYTES = int(sizeof(T)) * V;
@@ -100,6 +103,19 @@ template <class T, int V> struct Pack {
     __device__ void store(T* to) const { *reinterpret_cast<decltype(raw)*>(to) = raw; }
 
     template <class A> __device__ void get(A (&values)[V]) const {
+        if constexpr (IS_BF16<T> && V % 2 == 0) {
+            // An f32 has a bf16 in its upper half: one instruction an element, where taking the halves apart is two.
+            u32 words[V / 2];
+            memcpy(words, &raw, sizeof(raw));
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const u32 bits = v % 2 ? words[v / 2] & 0xffff0000u : words[v / 2] << 16;
+                float value;
+                memcpy(&value, &bits, sizeof(bits));
+                values[v] = A(value);
+            }
+            return;
+        }
         T elements[V];
         memcpy(elements, &raw, sizeof(raw));
 #pragma unroll
@@ -137,14 +153,26 @@ template <class P, class A> __device__ inline A element_at(const void* from, u64
     return value[0];
 }
 
-// Parameters come in any dtype, known by a code that is the same for all threads.
-template <class A> __device__ inline A load_param(const void* from, u32 dtype, u64 i) {
+// Parameters come in any dtype, known by a code that is the same for all threads. Those of x's own dtype T and
+// f32 are loaded in place; the others by a call, since the code for four of them would be most of a kernel.
+template <class T> constexpr u32 DTYPE = 0;
+template <> constexpr u32 DTYPE<__half> = 1;
+template <> constexpr u32 DTYPE<__nv_bfloat16> = 2;
+template <> constexpr u32 DTYPE<double> = 3;
+
+template <class A> __device__ NORM_CALL A load_any_param(const void* from, u32 dtype, u64 i) {
     switch (dtype) {
     case 0: return element_at<float, A>(from, i);
     case 1: return element_at<__half, A>(from, i);
     case 2: return element_at<__nv_bfloat16, A>(from, i);
     default: return element_at<double, A>(from, i);
     }
+}
+
+template <class A, class T = float> __device__ inline A load_param(const void* from, u32 dtype, u64 i) {
+    if (dtype == DTYPE<T>) return element_at<T, A>(from, i);
+    if (dtype == DTYPE<float>) return element_at<float, A>(from, i);
+    return load_any_param<A>(from, dtype, i);
 }
 
 // A call, since it stands beside every gradient of a parameter that a thread has.
@@ -169,13 +197,32 @@ template <class P, int V, class A> __device__ inline void load_params_as(const v
     }
 }
 
-template <int V, class A> __device__ inline void load_neighbours(const void* from, u32 dtype, u64 i, A (&to)[V]) {
-    switch (dtype) {
-    case 0: load_params_as<float>(from, i, to); return;
-    case 1: load_params_as<__half>(from, i, to); return;
-    case 2: load_params_as<__nv_bfloat16>(from, i, to); return;
-    default: load_params_as<double>(from, i, to); return;
+template <class T, int V, class A> __device__ inline void load_neighbours(const void* from, u32 dtype, u64 i, A (&to)[V]) {
+    if (dtype == DTYPE<T>) {
+        load_params_as<T>(from, i, to);
+    } else if (dtype == DTYPE<float>) {
+        load_params_as<float>(from, i, to);
+    } else {
+        // Rare and slow: one call in a loop, its place chosen by comparison, which keeps `to` in registers.
+#pragma unroll
+        for (int k = 0; k < V; ++k) to[k] = 0;
+#pragma unroll 1
+        for (int v = 0; v < V; ++v) {
+            const A value = load_any_param<A>(from, dtype, i + v);
+#pragma unroll
+            for (int k = 0; k < V; ++k) to[k] = k == v ? value : to[k];
+        }
     }
+}
+
+// Of a power of two. Threads that share something always are one, and a division by a number takes twenty
+// instructions.
+__device__ inline u32 log2_of(u32 power) {
+#ifdef NORM_EMULATION
+    return u32(__builtin_ctz(power));
+#else
+    return 31 - __clz(power);
+#endif
 }
 
 template <class A> __device__ inline A inverse_sqrt(A v) { return A(1) / sqrt(v); }

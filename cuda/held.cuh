@@ -39,10 +39,10 @@ __device__ inline Moments<A> group_moments(const Params& p, Group<A, C>& group, 
     return m;
 }
 
-// The output of a held set.
+// The output of a held set. `FUSED_TOO`: with what stands behind the affine map, and with an offset of the weight.
 template <bool FUSED_TOO, class T, int V, int C, class Where, class A>
 __device__ inline void put_output_as(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, const T* held) {
-    const Affine<A> affine(p, at.first_param);
+    const Affine<A, T> affine(p, at.first_param);
     T* out = static_cast<T*>(p.out) + at.base;
 #pragma unroll(FUSED_TOO ? 1 : 2)
     for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
@@ -50,19 +50,19 @@ __device__ inline void put_output_as(const Params& p, const Slice<V, C>& slice, 
         if (SKIP_FIRST && e == 0) continue;
         A values[V], w[V], b[V];
         load<T, V>(held + unit * V, values);
-        affine.weight(at.column(e), w);
+        affine.template weight<V, FUSED_TOO>(at.column(e), w);
         affine.bias(at.column(e), b);
 #pragma unroll
         for (int v = 0; v < V; ++v) values[v] = stats(values[v]) * w[v] + b[v];
         const u64 offset = at.offset(p, e);
-        if (FUSED_TOO) finish<T, V>(p, at.base + offset, values);
+        if (FUSED_TOO && p.has(FUSED)) finish<T, V>(p, at.base + offset, values);
         store<T, V>(out + offset, values);
     }
 }
 
 template <class T, int V, int C, class Where, class A>
 __device__ inline void put_output(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, const T* held) {
-    if (p.has(FUSED)) {
+    if (p.has(FUSED) || p.weight_offset != 0) {
         put_output_as<true>(p, slice, at, stats, held);
     } else {
         put_output_as<false>(p, slice, at, stats, held);
@@ -87,7 +87,7 @@ template <class T, int V, int C> __device__ void forward_held(const Params& p) {
     using A = typename Accumulator<T>::type;
     Group<A, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
-    const u32 sets_per_block = blockDim.x / p.lanes, mine = threadIdx.x / p.lanes;
+    const u32 shift = log2_of(p.lanes), sets_per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
     T* held = reinterpret_cast<T*>(shared_memory() + Group<A, C>::BYTES + mine * held_bytes<T>(slice.each * V));
     for (u64 first = u64(blockIdx.x / C) * sets_per_block; first < p.sets; first += u64(gridDim.x / C) * sets_per_block) {
         const bool active = first + mine < p.sets;
@@ -96,8 +96,8 @@ template <class T, int V, int C> __device__ void forward_held(const Params& p) {
         copies_batch();
         if (p.has(PER_COLUMN)) {
             // On their way together with x, for a block that is the first to use them.
-            const Affine<A> affine(p, at.first_param);
-            for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) affine.ask((slice.first + unit) * V);
+            const Affine<A, T> affine(p, at.first_param);
+            affine.ask(slice.first * V, (slice.first + slice.units) * V, slice.lane, slice.lanes);
         }
         copies_done();
         if (p.residual && active) add_residual(p, slice, at, held);

@@ -21,7 +21,7 @@ template <class A> __device__ inline A input_gradient(const Stats<A>& stats, A x
 template <class T, int V, int C, class Where, class A>
 __device__ inline void take_upstream(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, bool write,
                                      const T* held, const HeldGradient<T, V>& dheld) {
-    const Affine<A> affine(p, at.first_param);
+    const Affine<A, T> affine(p, at.first_param);
 #pragma unroll 1
     for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
         const u32 e = (slice.first + unit) * V;
@@ -47,7 +47,7 @@ template <class A> __device__ inline void to_means(const Params& p, A weight, A 
 template <class T, int V, int C, class Where, class A>
 __device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, A weight,
                                           const A (&sums)[2], const T* held, const HeldGradient<T, V>& dheld) {
-    const Affine<A> affine(p, at.first_param);
+    const Affine<A, T> affine(p, at.first_param);
     T* out = static_cast<T*>(p.out) + at.base;
 #pragma unroll 2
     for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
@@ -89,17 +89,21 @@ __device__ inline void add_groups(A (&values)[K], A* shared, u32 lanes) {
 
 // The rows of a block of backward_rows: one set of each outer block of a range, all of one sample.
 struct Work {
-    u64 first, last, line, copy;
+    u64 first, last, line, sample, copy;
 
     __device__ Work(const Params& p, u32 cluster) {
         const u64 block = blockIdx.x / cluster, tokens = p.tokens ? p.tokens : p.outer;
-        const u64 worker = quotient(block, p.sets_per_outer), sample = quotient(worker, p.copies);
+        const u64 worker = quotient(block, p.sets_per_outer);
+        sample = quotient(worker, p.copies);
         const u64 each = quotient(tokens + p.copies - 1, p.copies);
         line = block - worker * p.sets_per_outer;
         copy = worker - sample * p.copies;
         first = sample * tokens + copy * each;
         last = copy * each + each < tokens ? first + each : (sample + 1) * tokens;
     }
+    // All rows of a worker lie alike in their blocks, and are of one sample.
+    __device__ u64 in_block(const Params& p) const { return line * p.run; }
+    __device__ u64 first_param(const Params& p) const { return line * p.set_params + (p.tokens ? sample * p.params : 0); }
 };
 
 // A row, or a tile of one: its elements are neighbours, and so are their parameters.
@@ -107,6 +111,7 @@ struct Row {
     u64 base, x_base, first_param;
 
     __device__ u64 offset(const Params&, u32 e) const { return e; }
+    __device__ bool contiguous(const Params&) const { return true; }
     __device__ u32 column(u32 e) const { return e; }
 };
 
@@ -116,14 +121,14 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     Group<A, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
     const Work work(p, C);
-    const u32 per_block = blockDim.x / p.lanes, mine = threadIdx.x / p.lanes, room = held_bytes<T>(slice.each * V);
+    const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift, room = held_bytes<T>(slice.each * V);
     const u32 both = room + HeldGradient<T, V>::bytes(p, slice.each * V);
     char* memory = shared_memory() + Group<A, C>::BYTES;
     const auto x_of = [&](u32 stage) { return reinterpret_cast<T*>(memory + (mine * p.stages + stage) * both); };
     const auto dy_of = [&](u32 stage) { return HeldGradient<T, V>(p, memory + (mine * p.stages + stage) * both + room); };
     const auto place = [&](u64 item) {
-        const Place at = place_set(p, item * p.sets_per_outer + work.line);
-        return Row{at.base, at.x_base, at.first_param};
+        const u64 in_block = work.in_block(p), base = item * p.width + in_block;
+        return Row{base, p.has(BLOCKS) ? block_start(p, item) + in_block : base, work.first_param(p)};
     };
     const auto ask = [&](u64 item, u32 stage) {
         if (item + mine < work.last) {
@@ -146,7 +151,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         const u64 now = active ? item + mine : item;
         const Row at = place(now);
         const Stats<A> stats = load_stats<A>(p, now * p.sets_per_outer + work.line);
-        const Affine<A> affine(p, at.first_param);
+        const Affine<A, T> affine(p, at.first_param);
         if (ahead) {
             copies_done<1>();
         } else {
@@ -184,12 +189,11 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
             add_groups(dweight, shared, p.lanes);
             add_groups(dbias, shared, p.lanes);
         }
-        const u64 first = place(work.first).first_param;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             const u32 unit = slice.lane + k * slice.lanes;
             if (mine != per_block - 1 || unit >= slice.units) continue;
-            put_param_parts<V>(p, work.copy, first + (slice.first + unit) * V, dweight + k * V, dbias + k * V);
+            put_param_parts<V>(p, work.copy, work.first_param(p) + (slice.first + unit) * V, dweight + k * V, dbias + k * V);
         }
     }
     group.leave();
@@ -219,7 +223,7 @@ template <class T, int V, int C, class A>
 __device__ inline void segment_sums(const Params& p, const Segments& segments, const Place& at, const T* x,
                                     const HeldGradient<T, V>& dy, const Stats<A>& stats, A* parts, A (&sums)[2]) {
     const u32 lanes = p.segment_lanes, lane = threadIdx.x % lanes, groups = blockDim.x / lanes, items = segments.items();
-    const Affine<A> affine(p, at.first_param);
+    const Affine<A, T> affine(p, at.first_param);
     for (u32 i = 0; i < items; i += groups) {
         const u32 item = i + threadIdx.x / lanes;
         u32 from = 0, to = 0;
@@ -258,7 +262,7 @@ template <class T, int V, int C> __device__ void backward_sets(const Params& p) 
     using A = typename Accumulator<T>::type;
     Group<A, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
-    const u32 sets_per_block = blockDim.x / p.lanes, mine = threadIdx.x / p.lanes, room = held_bytes<T>(slice.each * V);
+    const u32 shift = log2_of(p.lanes), sets_per_block = blockDim.x >> shift, mine = threadIdx.x >> shift, room = held_bytes<T>(slice.each * V);
     const u32 both = room + HeldGradient<T, V>::bytes(p, slice.each * V);
     char* memory = shared_memory() + Group<A, C>::BYTES;
     T* held = reinterpret_cast<T*>(memory + mine * both);
@@ -272,7 +276,7 @@ template <class T, int V, int C> __device__ void backward_sets(const Params& p) 
         dheld.ask(p, slice, at);
         copies_batch();
         const Stats<A> stats = load_stats<A>(p, at.set);
-        const Affine<A> affine(p, at.first_param);
+        const Affine<A, T> affine(p, at.first_param);
         copies_done();
         if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, held, dheld);
         A sums[2] = {};

@@ -31,9 +31,9 @@ template <int V, int C> struct Slice {
     // Elements of block `rank`, and of warp `warp` of this block.
     __device__ u32 in_rank(u32 rank) const { return (start_of(rank + 1) - start_of(rank)) * V; }
     __device__ u32 in_warp(u32 warp) const {
-        const u32 width = lanes < 32 ? lanes : 32, start = warp * width, rest = units % lanes;
+        const u32 width = lanes < 32 ? lanes : 32, start = warp * width, rest = units & (lanes - 1);
         const u32 last = rest <= start ? 0 : (rest - start < width ? rest - start : width);
-        return (units / lanes * width + last) * V;
+        return ((units >> log2_of(lanes)) * width + last) * V;
     }
 
   private:
@@ -48,6 +48,14 @@ template <class T> __device__ inline u32 held_bytes(u32 len) { return (len * u32
 template <class T, int V, int C, class Where>
 __device__ inline void hold_async(const Params& p, const Slice<V, C>& slice, const Where& at, const T* from, T* held, u32 step = 1) {
     const u32 units = slice.units + BEYOND;
+    if (at.contiguous(p)) {
+        from += at.offset(p, 0) + u64(slice.first) * V;
+#pragma unroll(Pack<T, V>::BYTES >= 4 && HAS_COPIES ? 4 : 8)
+        for (u32 unit = slice.lane; unit < units; unit += slice.lanes) {
+            copy_async<Pack<T, V>::BYTES>(held + unit * V * step, from + unit * V);
+        }
+        return;
+    }
     // Copies are under way whatever the loop does; loads, where there are no copies, before the first store.
 #pragma unroll(Pack<T, V>::BYTES >= 4 && HAS_COPIES ? 2 : 8)
     for (u32 unit = slice.lane; unit < units; unit += slice.lanes) {

@@ -17,6 +17,8 @@ struct Place {
         const u32 seg = p.by_seg(e);
         return seg * p.seg_stride + (e - seg * p.by_seg.divisor);
     }
+    // Whether all elements are neighbours.
+    __device__ bool contiguous(const Params& p) const { return p.segs == 1; }
     // The element that Affine counts it as.
     __device__ u32 column(u32 e) const { return e; }
 };

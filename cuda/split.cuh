@@ -35,6 +35,7 @@ struct Chunk {
         const u32 more = p.by_seg(e);
         return (seg + more) * p.seg_stride + (e - more * seg_len);
     }
+    __device__ bool contiguous(const Params&) const { return len == seg_len; }
     __device__ u32 column(u32 e) const { return start + e; }
 
   private:
@@ -111,7 +112,7 @@ template <class T, int V, class A> struct HeldChunk {
     }
     // Adds dy and dy * xhat of elements [from, to), `step` apart.
     __device__ void sum(u32 from, u32 to, u32 step, A (&sums)[2]) const {
-#pragma unroll 2
+#pragma unroll 1
         for (u32 e = from; e < to; e += step) {
             A values[V], d[V];
             load<T, V>(x + e, values);
@@ -208,7 +209,7 @@ template <class T, int V> __device__ void split_column_sums(const Params& p) {
     for (u64 o = first; o < last; ++o, stage ^= 1) {
         ask(o + 1, stage ^ 1);
         const Row at = place(o);
-        const Affine<A> affine(p, at.first_param);
+        const Affine<A, T> affine(p, at.first_param);
         const Stats<A> stats = load_stats<A>(p, o * p.sets_per_outer + q);
         copies_done<1>();
         const T* x = x_of(stage);

@@ -8,8 +8,9 @@ use crate::cuda::entry::{Access, Element, Kernel};
 use crate::cuda::params::Divisor;
 use candle_core::Result;
 
-/// Bytes of a set for each of its threads: four accesses of 16.
-const THREAD_BYTES: usize = 64;
+/// Bytes of a set for each of its threads: eight accesses of 16. What a thread does once for a set, some five hundred
+/// instructions, is then as many as eight of them cost (`cuda/roofline.txt`).
+const THREAD_BYTES: usize = 128;
 /// Threads of the widest blocks, as the launch bounds say.
 pub(crate) const MAX_BLOCK: usize = 512;
 /// The same for blocks of a cluster, `backward_rows` excepted.
