@@ -24,7 +24,7 @@ pub type Make = fn(DType) -> Result<Block>;
 
 pub const ALL: [(&str, Make); 4] = [
     ("Llama 3.2 1B, 128 tokens", llama),
-    ("Stable Diffusion UNet, 320 channels, 32x32", unet),
+    ("UNet (SD 1.5), 320 channels, 32x32", unet),
     ("ResNet-50 bottleneck, 8 images, 28x28", bottleneck),
     ("DiT-XL/2, 2 images of 256 tokens", dit),
 ];
