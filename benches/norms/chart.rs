@@ -52,7 +52,7 @@ pub fn svg(lines: &[Line], place: &Place) -> String {
         r##"<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12" fill="#222">
 <rect width="100%" height="100%" fill="#fff"/>
 <text x="20" y="28" font-size="17" font-weight="bold">How many times as fast as candle-nn candle-norm is, on {}</text>
-<text x="20" y="50">Right of 1x: candle-norm is faster. A mark is the median of the rounds, its line their range. No mark: candle-nn cannot run it. Behind: share of a copy's bandwidth, in %, in the order of the marks.</text>
+<text x="20" y="50">Right of 1x: candle-norm is faster. Marks: medians of the rounds, lines: their range; none where candle-nn cannot run it. Behind: % of a copy, in the order of the marks.</text>
 "##,
         place.name
     );
