@@ -30,6 +30,8 @@ pub(super) trait Float: Element<Acc = Self> + Neg<Output = Self> {
     fn value<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
     /// Its derivative.
     fn slope<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
+    /// `silu(z)`, for gradients, and its derivative.
+    fn silu_both<S: Simd>(s: S, z: Self::V<S>) -> [Self::V<S>; 2];
 }
 
 /// A type of tensor elements. Its vectors' methods are those of `Convert`, by the same names and contracts.
@@ -79,7 +81,7 @@ macro_rules! element {
 }
 
 macro_rules! float {
-    ($t:ty, $vector:ident, $value:path, $slope:path) => {
+    ($t:ty, $vector:ident, $value:path, $slope:path, $silu_both:path) => {
         impl Float for $t {
             type V<S: Simd> = S::$vector;
             const ZERO: Self = 0.0;
@@ -104,12 +106,16 @@ macro_rules! float {
             fn slope<S: Simd>(s: S, activation: Activation, z: S::$vector) -> S::$vector {
                 $slope(s, activation, z)
             }
+            #[inline(always)]
+            fn silu_both<S: Simd>(s: S, z: S::$vector) -> [S::$vector; 2] {
+                $silu_both(s, z)
+            }
         }
     };
 }
 
-float!(f32, F32, functions::value, functions::slope);
-float!(f64, F64, functions::values_f64, functions::slopes_f64);
+float!(f32, F32, functions::value, functions::slope, functions::silu_both);
+float!(f64, F64, functions::values_f64, functions::slopes_f64, functions::silus_f64);
 element!(f32, f32, F32);
 element!(f64, f64, F64);
 element!(bf16, f32, F32);

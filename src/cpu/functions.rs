@@ -23,6 +23,9 @@ const GELU_K: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::SQRT_2;
 /// From here on `x e^-x` has long been zero.
 const FAR: f32 = 112.0;
 
+/// Above it `e^-x` is below `2^23.5`: beside it 1 is not lost.
+const NEAR: f32 = -16.0;
+
 /// `e^(x - less) = (1 + t) * b / a`, where `t` lies between -0.3 and 0.42 and `a`, `b` are powers of two: two of them, so
 /// that what they are multiplied with may stay normal until the last. As if x were no further from zero than `FAR`.
 #[inline(always)]
@@ -43,12 +46,43 @@ fn exp_parts<S: Simd>(s: S, x: F<S>, less: F<S>) -> [F<S>; 3] {
     let q = q.fma(r, c(s, 1.666_666_5e-1));
     let q = q.fma(r, c(s, 0.5));
     let half = magic - n.fma(c(s, 0.5), magic);
-    [(r * r).fma(q, r), half.pow2(), (n + half).pow2()]
+    let pow2 = |n: F<S>| (n + c(s, 8_388_608.0 + 127.0)).exponent();
+    [(r * r).fma(q, r), pow2(half), pow2(n + half)]
 }
 
 /// `v / (1 + e^-(x + more))`, exact where the quotient is small, too; v is x or about as large, or 1.
 #[inline(always)]
 fn times_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
+    let near = times_near_sigmoid(s, v, [x, more]);
+    match x.above(c(s, NEAR)) {
+        true => near,
+        // By lane: bits of an element may not depend on its neighbours.
+        false => x.le(c(s, NEAR), times_far_sigmoid(s, v, [x, more]), near),
+    }
+}
+
+/// Of x above `NEAR`: `1 + 2^n` loses nothing that matters there, so that a power of two is enough.
+#[inline(always)]
+fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
+    let x = c(s, 80.0).min(x);
+    // Rounds to an integer, and leaves it where an exponent wants it: beside a sign.
+    let magic = c(s, 12_582_912.0 + 256.0 + 127.0);
+    let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
+    let (n, minus_pow2) = (shifted - magic, shifted.exponent());
+    let r = n.fma(c(s, 0.693_359_375), x);
+    let r = n.fma(c(s, -2.121_944_4e-4), r) + more;
+    // e^-r = 1 - (r + r^2 q): minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
+    let q = c(s, -1.381_454_1e-3).fma(r, c(s, 8.368_745_4e-3));
+    let q = q.fma(r, c(s, -4.166_839e-2));
+    let q = q.fma(r, c(s, 1.666_652_1e-1));
+    let q = q.fma(r, c(s, -0.499_999_94));
+    let t = (r * r).fma(q, r);
+    v.div(t.fma(minus_pow2, c(s, 1.0) - minus_pow2))
+}
+
+/// Of any x.
+#[inline(always)]
+fn times_far_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
     let [t, a, b] = exp_parts(s, c(s, 0.0) - x, more);
     // Rounds far from x = 0 only, and matters on one side: what it loses of a.
     let sum = a + b;
@@ -68,10 +102,11 @@ pub(super) fn silu<S: Simd>(s: S, x: F<S>) -> F<S> {
     times_sigmoid(s, x, [x, c(s, 0.0)])
 }
 
+/// `silu(x)`, for gradients, and its derivative: one sigmoid makes both.
 #[inline(always)]
-pub(super) fn silu_slope<S: Simd>(s: S, x: F<S>) -> F<S> {
+pub(super) fn silu_both<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     let (one, y) = (c(s, 1.0), sigmoid(s, x));
-    y * (x * (one - y) + one)
+    [x * y, y * (x * (one - y) + one)]
 }
 
 /// `f` of each lane in f64.
@@ -125,7 +160,7 @@ pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
         Activation::Relu => z.le(zero, zero, one),
         Activation::Relu6 => c(s, 6.0).le(z, zero, z.le(zero, zero, one)),
         Activation::LeakyRelu(slope) => z.le(zero, c(s, slope as f32), one),
-        Activation::Silu => silu_slope(s, z),
+        Activation::Silu => silu_both(s, z)[1],
         Activation::Sigmoid => {
             let y = sigmoid(s, z);
             y * (one - y)
@@ -169,6 +204,12 @@ pub(super) fn values_f64<S: Simd>(s: S, activation: Activation, z: S::F64) -> S:
 #[inline(always)]
 pub(super) fn slopes_f64<S: Simd>(s: S, activation: Activation, z: S::F64) -> S::F64 {
     by_lane_f64!(s, z, |z| slope_f64(activation, z))
+}
+
+/// SiLU and its derivative.
+#[inline(always)]
+pub(super) fn silus_f64<S: Simd>(s: S, z: S::F64) -> [S::F64; 2] {
+    [values_f64(s, Activation::Silu, z), slopes_f64(s, Activation::Silu, z)]
 }
 
 /// `activation(z)` in f64, by the standard library.

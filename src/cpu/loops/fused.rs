@@ -57,7 +57,7 @@ pub(super) fn gate<S: Simd, T: Float>(s: S, z: &mut [T], gate: &[T]) {
 #[inline(always)]
 pub(super) fn gate_gradient<S: Simd, T: Float>(s: S, z: &mut [T], gate: &[T], dy: &mut [T]) {
     in_place!(s, T, [z, dy], [gate], {
-        let (value, slope) = (T::value(s, Activation::Silu, gate), T::slope(s, Activation::Silu, gate));
+        let [value, slope] = T::silu_both(s, gate);
         [dy * z * slope, dy * value]
     })
 }

@@ -51,8 +51,14 @@ pub(super) trait Functions<S>: Vector<S, f32> {
     /// `yes` in the lanes where `self` is at most `b`, else `no`: with NaN, too.
     fn le(self, b: Self, yes: Self, no: Self) -> Self;
 
-    /// `2^self` of integers from -126 to 127.
-    fn pow2(self) -> Self;
+    /// The smaller; `b` where either is NaN.
+    fn min(self, b: Self) -> Self;
+
+    /// Whether all lanes are above those of `b`, and none is NaN.
+    fn above(self, b: Self) -> bool;
+
+    /// The last nine bits alone, where sign and exponent are.
+    fn exponent(self) -> Self;
 }
 
 /// Reading and writing `W` elements of type `T`, which are widened and rounded on the way.

@@ -88,9 +88,18 @@ impl Functions<Portable> for Lanes<f32, 4> {
     }
 
     #[inline(always)]
-    fn pow2(self) -> Self {
-        // The integer in the last bits of the fraction, moved to where the exponent is.
-        Lanes(from_fn(|l| f32::from_bits((self.0[l] + (8_388_608.0 + 127.0)).to_bits() << 23)))
+    fn min(self, b: Self) -> Self {
+        Lanes(from_fn(|l| if self.0[l] < b.0[l] { self.0[l] } else { b.0[l] }))
+    }
+
+    #[inline(always)]
+    fn above(self, b: Self) -> bool {
+        (0..4).fold(true, |all, l| all & (self.0[l] > b.0[l]))
+    }
+
+    #[inline(always)]
+    fn exponent(self) -> Self {
+        Lanes(from_fn(|l| f32::from_bits(self.0[l].to_bits() << 23)))
     }
 }
 

@@ -116,8 +116,8 @@ _mm256_fmadd_pd,
 |k, n| _mm256_and_pd(k, _mm256_castsi256_pd(first4(n))) }
 
 macro_rules! functions {
-    ($name:ident, $level:ident, $div:ident, |$a:ident, $b:ident, $yes:ident, $no:ident| $le:expr,
-     |$n:ident| $pow2:expr) => {
+    ($name:ident, $level:ident, $div:ident, $min:ident, |$a:ident, $b:ident, $yes:ident, $no:ident| $le:expr,
+     |$c:ident, $d:ident| $above:expr, |$n:ident| $exponent:expr) => {
         impl<S: $level> Functions<S> for $name {
             #[inline(always)]
             fn div(self, b: Self) -> Self {
@@ -133,24 +133,36 @@ macro_rules! functions {
             }
 
             #[inline(always)]
-            fn pow2(self) -> Self {
+            fn min(self, b: Self) -> Self {
+                // SAFETY: as above.
+                $name(unsafe { $min(self.0, b.0) })
+            }
+
+            #[inline(always)]
+            fn above(self, b: Self) -> bool {
+                let ($c, $d) = (self.0, b.0);
+                // SAFETY: as above.
+                unsafe { $above }
+            }
+
+            #[inline(always)]
+            fn exponent(self) -> Self {
                 let $n = self.0;
                 // SAFETY: as above.
-                $name(unsafe { $pow2 })
+                $name(unsafe { $exponent })
             }
         }
     };
 }
 
-// The integer in the last bits of the fraction, moved to where the exponent is.
-functions! { F32x16, Has512, _mm512_div_ps,
+functions! { F32x16, Has512, _mm512_div_ps, _mm512_min_ps,
 |a, b, yes, no| _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_LE_OQ>(a, b), no, yes),
-|n| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(
-    _mm512_add_ps(n, _mm512_set1_ps(8_388_608.0 + 127.0))))) }
-functions! { F32x8, Has256, _mm256_div_ps,
+|a, b| _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) == 0xffff,
+|n| _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(n))) }
+functions! { F32x8, Has256, _mm256_div_ps, _mm256_min_ps,
 |a, b, yes, no| _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LE_OQ>(a, b)),
-|n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(
-    _mm256_add_ps(n, _mm256_set1_ps(8_388_608.0 + 127.0))))) }
+|a, b| _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) == 0xff,
+|n| _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(n))) }
 
 /// A mask of the first `n < 32` lanes.
 #[inline(always)]
