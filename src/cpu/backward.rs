@@ -2,17 +2,17 @@
 //! Parameter gradients are summed per tile, and over the tiles in their order.
 
 use super::affine::{Affine, Form};
+use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
 use super::element::{converted, Float};
 use super::forward::{after, elements, source, written};
-use super::gradient::{Means, MeansFrom, ParamSums, Sums};
 use super::kernel::{self, Input, PartialSums};
-use super::level::Level;
+use super::load_store::{gated_gradient, pieces, After, Room, Scratch, Source, Tensor};
 use super::loops::{Stored, Walked};
 use super::moments::{Source as StatsFrom, Stats};
 use super::output::Output;
 use super::parallel::{for_each, split};
 use super::plan::{self, Asked, From, Visit, Walk};
-use super::stage::{gated_gradient, pieces, After, Room, Scratch, Source, Tensor};
+use super::simd_level::Level;
 use super::tile::Tile;
 use super::view::OutTile;
 use super::walks;

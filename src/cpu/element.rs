@@ -1,7 +1,7 @@
 //! Element types, and the vectors in which each is computed with.
 #![allow(unsafe_code)]
 
-use super::functions;
+use super::activations;
 use super::scalar::Number;
 use super::vector::{Convert, Simd, Vector};
 use crate::fusion::Activation;
@@ -114,8 +114,8 @@ macro_rules! float {
     };
 }
 
-float!(f32, F32, functions::value, functions::slope, functions::silu_both);
-float!(f64, F64, functions::values_f64, functions::slopes_f64, functions::silus_f64);
+float!(f32, F32, activations::value, activations::slope, activations::silu_both);
+float!(f64, F64, activations::values_f64, activations::slopes_f64, activations::silus_f64);
 element!(f32, f32, F32);
 element!(f64, f64, F64);
 element!(bf16, f32, F32);

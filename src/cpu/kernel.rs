@@ -1,8 +1,8 @@
 //! What a walk is given: a tile, its elements and constants, and where its results go.
 
 use super::affine::Affine;
+use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
 use super::element::{Element, Float, PANEL};
-use super::gradient::{Means, MeansFrom, ParamSums, Sums};
 use super::loops::{Loops, Walked};
 use super::moments::{Moments, Source, Stat, Stats};
 use super::tile::Tile;

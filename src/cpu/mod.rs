@@ -19,21 +19,21 @@
 //! | panel | what is summed in the accumulation type before it goes on in f64; stays in the first-level cache | `element.rs` |
 //! | block | rows of elements that a loop reads or writes: the door for all elements | `view.rs` |
 //! | loop | what runs in vectors; compiled once a level and type, and called through a table | `loops/` |
-//! | level | the vector instructions of this machine | `level.rs` |
+//! | level | the vector instructions of this machine | `simd_level.rs` |
 //!
-//! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `stage.rs` (a tile as walks read it),
+//! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `load_store.rs` (a tile as walks read it),
 //! `walks/`, `loops/`, and each imports only what comes after it.
 // Loops by index become vectors more surely than zipped ones; loops take what they touch, not a struct of it.
 #![allow(clippy::needless_range_loop, clippy::type_complexity, clippy::too_many_arguments)]
 
+mod activations;
 mod affine;
 mod backward;
+mod backward_formula;
 mod element;
 mod forward;
-mod functions;
-mod gradient;
 mod kernel;
-mod level;
+mod load_store;
 mod loops;
 mod moments;
 mod output;
@@ -41,7 +41,7 @@ mod parallel;
 mod plan;
 mod running;
 mod scalar;
-mod stage;
+mod simd_level;
 #[cfg(test)]
 mod tests;
 mod tile;
@@ -56,7 +56,7 @@ use {
     candle_core::backend::BackendStorage,
     candle_core::{bail, CpuStorage, DType, Result, Storage, WithDType},
     half::{bf16, f16},
-    level::Level,
+    simd_level::Level,
 };
 
 #[cfg(not(feature = "cuda-emulation"))]

@@ -16,8 +16,8 @@ mod maps;
 mod sums;
 
 use super::element::{Element, Float, V};
-use super::level::Level;
 use super::moments::Stat;
+use super::simd_level::Level;
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Portable, Simd, Vector};

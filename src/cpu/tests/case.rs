@@ -1,8 +1,8 @@
 //! A norm over random tensors, and the calls of it that all tests here make.
 
 use super::kernels::EPS;
-use crate::cpu::level::Level;
 use crate::cpu::loops::Stored;
+use crate::cpu::simd_level::Level;
 use crate::cpu::{backward, forward};
 use crate::fusion::Fusion;
 use crate::geometry::Geometry;

@@ -3,8 +3,8 @@
 use super::case::*;
 use super::kernels::*;
 use super::oracle;
-use crate::cpu::level::Level;
 use crate::cpu::loops::Stored;
+use crate::cpu::simd_level::Level;
 use crate::cpu::{backward, forward};
 use crate::fusion::{Activation, Fusion, Gate};
 use crate::geometry::{Affine, Geometry};

@@ -2,8 +2,8 @@
 
 use super::case::{Case, DY, X};
 use super::oracle;
-use crate::cpu::level::Level;
 use crate::cpu::loops::Stored;
+use crate::cpu::simd_level::Level;
 use crate::fusion::Fusion;
 use crate::geometry::{Affine, Geometry};
 use crate::request::Want;

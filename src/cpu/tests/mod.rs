@@ -1,7 +1,7 @@
 //! Every level of this machine against a scalar oracle in f64, on every way in which kernels walk.
 
+mod activations;
 mod case;
-mod functions;
 mod fused;
 mod kernels;
 mod oracle;

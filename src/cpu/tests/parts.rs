@@ -1,8 +1,8 @@
 //! Conversions exhaustively; cuts for all their shapes; levels by name.
 
 use crate::cpu::element::Element;
-use crate::cpu::level::Level;
 use crate::cpu::parallel::for_each;
+use crate::cpu::simd_level::Level;
 use crate::cpu::tile::Cut;
 use crate::geometry::{Affine, Geometry};
 use half::{bf16, f16};

@@ -3,9 +3,9 @@
 use super::fused;
 use super::ran;
 use crate::cpu::affine::Form;
-use crate::cpu::level::Level;
 use crate::cpu::loops::{Conversions, Fused, Loops};
 use crate::cpu::plan::{past_from_of, Asked, Backward, Forward, From, Visit, Walk};
+use crate::cpu::simd_level::Level;
 use crate::fusion::{Activation, Fusion, Gate};
 use crate::geometry::{Affine, Geometry};
 use half::bf16;

@@ -4,8 +4,8 @@
 //! Rows shorter than a few vectors are folded: `k` rows are walked as one of `k` times the columns.
 
 use crate::cpu::affine::Form;
+use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::element::{Element, Float, PANEL};
-use crate::cpu::gradient::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::kernel::{Backward, Forward, Input, Partial, PartialSums};
 use crate::cpu::loops::{Loops, Walked};
 use crate::cpu::moments::{Moments, Source, Stat};

@@ -5,8 +5,8 @@
 
 use super::spans;
 use crate::cpu::affine::Form;
+use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom};
 use crate::cpu::element::{Float, PANEL};
-use crate::cpu::gradient::{InputGradient, Means, MeansFrom};
 use crate::cpu::kernel::{pivot, Backward, Forward, Part};
 use crate::cpu::loops::Walked;
 use crate::cpu::moments::{Moments, Source, Stat};

@@ -5,8 +5,8 @@
 
 use super::{sets, spans};
 use crate::cpu::affine::Form;
+use crate::cpu::backward_formula::{InputGradient, MeansFrom};
 use crate::cpu::element::Float;
-use crate::cpu::gradient::{InputGradient, MeansFrom};
 use crate::cpu::kernel::{pivot, Backward, Forward, Part};
 use crate::cpu::loops::Walked;
 use crate::cpu::moments::{Source, Stat};

@@ -7,7 +7,7 @@
 
 use super::spans;
 use crate::cpu::affine::Form;
-use crate::cpu::gradient::{InputGradient, Means, MeansFrom, ParamSums, Sums};
+use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::kernel::{parts, pivot, Backward, Forward, Input, Part, Partial, PartialSums};
 use crate::cpu::loops::Walked;
 use crate::cpu::moments::{Source, Stat};

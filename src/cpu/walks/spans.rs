@@ -3,8 +3,8 @@
 //! Apart, because walks by set and by row both make them.
 
 use crate::cpu::affine::Affine;
+use crate::cpu::backward_formula::{ParamSums, Sums};
 use crate::cpu::element::{Float, PANEL};
-use crate::cpu::gradient::{ParamSums, Sums};
 use crate::cpu::kernel::{Input, Part};
 use crate::cpu::loops::Walked;
 use crate::cpu::moments::Stat;

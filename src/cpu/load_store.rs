@@ -6,8 +6,8 @@
 #![allow(unsafe_code)]
 
 use super::element::{Element, Float};
-use super::level::Level;
 use super::loops::{Conversions, Stored, Walked, Wide};
+use super::simd_level::Level;
 use super::tile::Tile;
 use super::view::{same, same_mut, Block, InTile, OutTile};
 use crate::fusion::Activation;

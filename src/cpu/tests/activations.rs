@@ -1,8 +1,8 @@
 //! The functions in vectors against f64: exhaustively by hand, in strides always.
 
-use crate::cpu::functions::{slope_f64, value_f64};
-use crate::cpu::level::Level;
+use crate::cpu::activations::{slope_f64, value_f64};
 use crate::cpu::loops::Wide;
+use crate::cpu::simd_level::Level;
 use crate::fusion::Activation;
 
 /// Distance in units in the last place of f32 between a result and what it should be.
