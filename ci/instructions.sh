@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Counts the instructions of the plain norms on the CPU and compares them to benches/instructions/table.txt:
+# Counts the instructions of the norms on the CPU, plain and fused, and compares them to benches/instructions/table.txt:
 # ci/instructions.sh, or ci/instructions.sh --update to write the table. Needs valgrind. One thread, AVX2.
 set -euo pipefail
 cd "$(dirname "$0")/.."

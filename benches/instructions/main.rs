@@ -1,11 +1,12 @@
-//! Instructions that the plain norms execute, for `ci/instructions.sh` to count under callgrind.
+//! Instructions that the norms execute, for `ci/instructions.sh` to count under callgrind.
 //!
 //! Apart from the other benchmarks, because instructions repeat to a fraction of a percent where a shared
 //! machine's times do not. One thread, and AVX2, which valgrind knows (it has no AVX-512).
 
 use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_nn::Activation;
 use candle_norm::__bench::{Kind, RecordedOp};
-use candle_norm::functional;
+use candle_norm::functional::{self, fused};
 use std::hint::black_box;
 
 /// What a row of the table runs.
@@ -42,6 +43,29 @@ const ROWS: [(Op, &[usize], DType); 18] = [
     (Op::BatchNorm, &[32, 512, 7, 7], F32),
     (Op::BatchNorm, &[32, 512, 7, 7], BF16),
     (Op::Evaluation, &[64, 3, 32, 32], F32),
+];
+
+/// Norms with what stands around them.
+#[derive(Clone, Copy)]
+enum Fused {
+    GroupNormSilu,
+    GatedRmsNorm,
+    AddLayerNorm,
+    ModulatedLayerNorm,
+    BatchNormSkipRelu,
+}
+
+const FUSED: [(Fused, &[usize], DType); 10] = [
+    (Fused::GroupNormSilu, &[2, 320, 32, 32], F32),
+    (Fused::GroupNormSilu, &[2, 320, 32, 32], BF16),
+    (Fused::GatedRmsNorm, &[128, 4096], F32),
+    (Fused::GatedRmsNorm, &[128, 4096], BF16),
+    (Fused::AddLayerNorm, &[128, 4096], F32),
+    (Fused::AddLayerNorm, &[128, 4096], BF16),
+    (Fused::ModulatedLayerNorm, &[2, 256, 1152], F32),
+    (Fused::ModulatedLayerNorm, &[2, 256, 1152], BF16),
+    (Fused::BatchNormSkipRelu, &[32, 64, 28, 28], F32),
+    (Fused::BatchNormSkipRelu, &[32, 64, 28, 28], BF16),
 ];
 
 /// Numbers around 0.3 that cost few instructions to make.
@@ -108,6 +132,42 @@ fn row(op: Op, shape: &[usize], dtype: DType) -> Result<()> {
     Ok(())
 }
 
+fn fused_forward(op: Fused, x: &Tensor, other: &Tensor, w: &Tensor) -> Result<Tensor> {
+    let (n, some) = (w.dims(), Some(w));
+    match op {
+        Fused::GroupNormSilu => fused::group_norm_act(x, 32, some, some, 1e-5, None, Activation::Silu),
+        Fused::GatedRmsNorm => fused::gated_rms_norm(x, other, n, some, 1e-5, false),
+        Fused::AddLayerNorm => fused::add_layer_norm(x, other, n, some, some, 1e-5).map(|both| both.normed),
+        Fused::ModulatedLayerNorm => fused::modulated_layer_norm(x, &n[1..], w, some, 1e-5),
+        Fused::BatchNormSkipRelu => {
+            let (skip, act) = (Some(other), Activation::Relu);
+            fused::batch_norm_act(x, None, None, some, some, true, 0.1, 1e-5, skip, act)
+        }
+    }
+}
+
+/// Forward alone: candle's own additions are most of a backward behind several inputs.
+fn fused_row(op: Fused, shape: &[usize], dtype: DType) -> Result<()> {
+    let params = match op {
+        Fused::ModulatedLayerNorm => vec![shape[0], shape[2]],
+        _ => vec![shape[1]],
+    };
+    let (x, other, w) = (numbers(shape, dtype, 1)?, numbers(shape, dtype, 3)?, numbers(&params, dtype, 2)?);
+    let dims = shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
+    println!("{} {dims} {} forward", fused_name(op), dtype.as_str());
+    counted(&|| fused_forward(op, &x, &other, &w).map(drop))
+}
+
+fn fused_name(op: Fused) -> &'static str {
+    match op {
+        Fused::GroupNormSilu => "group-norm-silu",
+        Fused::GatedRmsNorm => "gated-rms-norm",
+        Fused::AddLayerNorm => "add-layer-norm",
+        Fused::ModulatedLayerNorm => "modulated-layer-norm",
+        Fused::BatchNormSkipRelu => "batch-norm-skip-relu",
+    }
+}
+
 fn name(op: Op) -> &'static str {
     match op {
         Op::LayerNorm => "layer-norm",
@@ -120,5 +180,6 @@ fn name(op: Op) -> &'static str {
 }
 
 fn main() -> Result<()> {
-    ROWS.into_iter().try_for_each(|(op, shape, dtype)| row(op, shape, dtype))
+    ROWS.into_iter().try_for_each(|(op, shape, dtype)| row(op, shape, dtype))?;
+    FUSED.into_iter().try_for_each(|(op, shape, dtype)| fused_row(op, shape, dtype))
 }
