@@ -136,37 +136,79 @@ template <class A> __device__ void combine_sums(const Params& p) {
     }
 }
 
-// Adds up the copies of the parameters' gradients: `reduce_columns` parameters side by side, the other
-// threads of a block share out their copies (and their `param_span` columns of each), many at once.
-template <class A> __device__ void reduce_params(const Params& p) {
-    constexpr int MORE = 8;
-    const u32 columns = p.reduce_columns, lanes = blockDim.x / columns, lane = threadIdx.x / columns;
-    const u64 param = u64(blockIdx.x) * columns + threadIdx.x % columns;
-    const u64 params = p.params * (p.tokens ? quotient(p.outer, p.tokens) : 1), second = p.copies * p.param_width;
-    const A* parts = static_cast<const A*>(p.param_parts);
-    const Parts all(param * p.param_span, p.param_span, p.param_width, param < params ? p.copies * p.param_span : 0);
-    A a = 0, b = 0;
+// Parts that a thread of reduce_params has in flight.
+constexpr int MORE = 8;
+
+// A thread's share of the copies of one parameter, where a parameter is one column of each.
+template <class A> __device__ inline void add_copies(const Params& p, u64 param, u32 lane, u32 lanes, A (&sums)[2]) {
+    const u64 step = lanes * p.param_width, second = p.copies * p.param_width;
+    const A *at = static_cast<const A*>(p.param_parts) + lane * p.param_width + param, *end = static_cast<const A*>(p.param_parts) + second;
+    while (at < end) {
+        A as[MORE] = {}, bs[MORE] = {};
+#pragma unroll
+        for (int k = 0; k < MORE; ++k, at += step) {
+            if (p.dbias && at < end) as[k] = load_constant(at);
+            if (p.dweight && at < end) bs[k] = load_constant(at + second);
+        }
+#pragma unroll
+        for (int k = 0; k < MORE; ++k) sums[0] += as[k], sums[1] += bs[k];
+    }
+}
+
+// The same where a parameter has `param_span` neighbouring columns of each.
+template <class A> __device__ inline void add_spans(const Params& p, u64 param, u32 lane, u32 lanes, A (&sums)[2]) {
+    const A *parts = static_cast<const A*>(p.param_parts), *second = parts + p.copies * p.param_width;
+    const Parts all(param * p.param_span, p.param_span, p.param_width, p.copies * p.param_span);
     PartWalk walk(all, lane, lanes);
     while (walk.i < all.count) {
         A as[MORE] = {}, bs[MORE] = {};
 #pragma unroll
         for (int k = 0; k < MORE; ++k, walk.next(all)) {
-            if (walk.i < all.count) as[k] = load_constant(parts + walk.address(all)), bs[k] = load_constant(parts + second + walk.address(all));
+            if (walk.i < all.count) as[k] = load_constant(parts + walk.address(all)), bs[k] = load_constant(second + walk.address(all));
         }
 #pragma unroll
-        for (int k = 0; k < MORE; ++k) a += as[k], b += bs[k];
+        for (int k = 0; k < MORE; ++k) sums[0] += as[k], sums[1] += bs[k];
     }
-    A* shared = reinterpret_cast<A*>(shared_memory());
-    for (u32 half = lanes / 2; half > 0; half /= 2) {
-        A* slot = shared + 2 * ((lane % half) * columns + threadIdx.x % columns);
-        if (lane >= half && lane < 2 * half) slot[0] = a, slot[1] = b;
+}
+
+// Adds up the copies of the parameters' gradients: `reduce_columns` parameters side by side, the other
+// threads of a block share out their copies (and their `param_span` columns of each), many at once. What
+// they have is added up within warps, then over warps.
+template <class A> __device__ void reduce_params(const Params& p) {
+    constexpr u32 WARPS = 8; // COMBINE_BLOCK of src/cuda/plan.rs
+    const u32 columns = p.reduce_columns, shift = log2_of(columns), lanes = blockDim.x >> shift;
+    const u32 lane = threadIdx.x >> shift, column = threadIdx.x & (columns - 1);
+    const u64 param = u64(blockIdx.x) * columns + column, params = p.params * (p.tokens ? quotient(p.outer, p.tokens) : 1);
+    A sums[2] = {};
+    if (param < params && p.param_span == 1) add_copies(p, param, lane, lanes, sums);
+    if (param < params && p.param_span != 1) add_spans(p, param, lane, lanes, sums);
+    for (u32 o = 16; o >= columns; o /= 2) {
+#pragma unroll
+        for (int k = 0; k < 2; ++k) sums[k] += __shfl_xor_sync(FULL, sums[k], o);
+    }
+    const u32 in_warp = shift < 5 ? 5 - shift : 0, groups = lanes >> in_warp, group = lane >> in_warp;
+    if (groups > 1) {
+        A* shared = reinterpret_cast<A*>(shared_memory());
+        A* slot = shared + (group << shift) + column;
+        if (lane == group << in_warp) slot[0] = sums[0], slot[blockDim.x] = sums[1];
         __syncthreads();
-        if (lane < half) a += slot[0], b += slot[1];
-        __syncthreads();
+        if (lane != 0) return;
+#pragma unroll
+        for (int k = 0; k < 2; ++k) {
+            A v[WARPS];
+#pragma unroll
+            for (u32 i = 0; i < WARPS; ++i) v[i] = i < groups ? shared[k * blockDim.x + (i << shift) + column] : A(0);
+#pragma unroll
+            for (u32 half = WARPS / 2; half > 0; half /= 2) {
+#pragma unroll
+                for (u32 i = 0; i < half; ++i) v[i] += v[i + half];
+            }
+            sums[k] = v[0];
+        }
     }
     if (lane != 0 || param >= params) return;
-    if (p.dweight) store_param(p.dweight, p.dweight_dtype, param, b);
-    if (p.dbias) store_param(p.dbias, p.dbias_dtype, param, a);
+    if (p.dweight) store_param(p.dweight, p.dweight_dtype, param, sums[1]);
+    if (p.dbias) store_param(p.dbias, p.dbias_dtype, param, sums[0]);
 }
 
 // Averages the statistics of all samples into the running ones: instance norm.

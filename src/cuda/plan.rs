@@ -512,16 +512,16 @@ impl<'a> Builder<'a> {
     fn reduce(&mut self, copies: usize, width: usize, span: usize) -> Result<()> {
         const BLOCK: usize = COMBINE_BLOCK;
         let params = self.g.params() * self.r.samples();
-        // Four parts a thread, as far as threads go: of neighbouring parameters eight side by side fill a
-        // sector.
+        // As many parts a thread as it has in flight at once, as far as threads go: of neighbouring
+        // parameters eight side by side fill a sector.
         let most = if span == 1 { BLOCK / 8 } else { BLOCK };
-        let lanes = (copies * span).div_ceil(4).next_power_of_two().min(most);
+        let lanes = (copies * span).div_ceil(8).next_power_of_two().min(most);
         let columns = (BLOCK / lanes).min(params.next_power_of_two());
         self.schedule.copies = copies as u64;
         self.schedule.param_width = width as u64;
         self.schedule.param_span = span as u64;
         self.schedule.reduce_columns = columns as u32;
-        let shared = BLOCK * self.accumulator();
+        let shared = 2 * BLOCK * self.accumulator();
         match params {
             0 => Ok(()),
             _ => self.launch(Kernel::ReduceParams, Access::Vector, params.div_ceil(columns), BLOCK, shared),
