@@ -87,6 +87,15 @@ __device__ inline void add_groups(A (&values)[K], A* shared, u32 lanes) {
     }
 }
 
+// The gradients of V neighbouring parameters where nobody else has parts of them: the plan sees to their dtype.
+template <class T, int V, class A> __device__ inline void put_param_gradients(const Params& p, u64 param, const A* dweight, const A* dbias) {
+    A w[V], b[V];
+#pragma unroll
+    for (int v = 0; v < V; ++v) w[v] = dweight[v], b[v] = dbias[v];
+    if (p.dweight) store<T, V>(static_cast<T*>(p.dweight) + param, w);
+    if (p.dbias) store<T, V>(static_cast<T*>(p.dbias) + param, b);
+}
+
 // The rows of a block of backward_rows: one set of each outer block of a range, all of one sample.
 struct Work {
     u64 first, last, line, sample, copy;
@@ -193,7 +202,12 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         for (int k = 0; k < N; ++k) {
             const u32 unit = slice.lane + k * slice.lanes;
             if (mine != per_block - 1 || unit >= slice.units) continue;
-            put_param_parts<V>(p, work.copy, work.first_param(p) + (slice.first + unit) * V, dweight + k * V, dbias + k * V);
+            const u64 param = work.first_param(p) + (slice.first + unit) * V;
+            if (p.param_parts) {
+                put_param_parts<V>(p, work.copy, param, dweight + k * V, dbias + k * V);
+            } else {
+                put_param_gradients<T, V>(p, param, dweight + k * V, dbias + k * V);
+            }
         }
     }
     group.leave();

@@ -297,6 +297,7 @@ fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<G
         dx: want.dx,
         dweight: want.dweight.is_some(),
         dbias: want.dbias.is_some(),
+        as_x: [want.dweight, want.dbias].into_iter().flatten().all(|d| d == machine.dtype(call.x.storage)),
         fixed: call.fixed,
         upstream: want.dskip || want.dgate,
     };

@@ -122,6 +122,8 @@ pub(crate) struct BackwardNeeds {
     pub dx: bool,
     pub dweight: bool,
     pub dbias: bool,
+    /// The gradients of the parameters that are wanted have x's dtype.
+    pub as_x: bool,
     /// The statistics did not depend on x.
     pub fixed: bool,
     /// The gradient of a skip or of a gate.

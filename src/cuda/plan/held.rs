@@ -243,7 +243,9 @@ fn backward_rows(b: &mut Builder, needs: &BackwardNeeds, access: Access, rows: (
     let grid = workers * lines * held.cluster;
     b.launch_cluster(kernel, access, grid, held.block, held.shared, held.cluster)?;
     b.passes(2 + needs.dx as usize);
-    match needs.params() {
+    // One worker of x's dtype has the gradients themselves: a launch less where a step decodes.
+    let whole = workers == 1 && needs.as_x;
+    match needs.params() && !whole {
         true => b.reduce_parts(workers, b.g.params() * b.r.samples()),
         false => Ok(()),
     }

@@ -13,7 +13,7 @@ const SM90: DeviceProperties = DeviceProperties { capability: 90, multiprocessor
 
 const FORWARD: ForwardNeeds = ForwardNeeds { output: true, given: false, keep: true, momentum: None };
 const BACKWARD: BackwardNeeds =
-    BackwardNeeds { dx: true, dweight: true, dbias: true, fixed: false, upstream: false };
+    BackwardNeeds { dx: true, dweight: true, dbias: true, as_x: true, fixed: false, upstream: false };
 
 fn rows(outer: usize, n: usize) -> Geometry {
     Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center: true }
@@ -158,6 +158,10 @@ fn backward_climbs_the_ladder() {
         (SM90, rows(8192, 4096), BACKWARD, vec![BackwardRows, ReduceParams], 3),
         (SM90, rows(8192, 4096), dx, vec![BackwardRows], 3),
         (SM90, rows(1000, 65536), BACKWARD, vec![BackwardRowsCluster, ReduceParams], 3),
+        // One row is all there is of the parameters' gradients, unless they are of another dtype.
+        (SM90, rows(1, 4096), BACKWARD, vec![BackwardRows], 3),
+        (SM90, rows(1, 65536), BACKWARD, vec![BackwardRowsCluster], 3),
+        (SM90, rows(1, 4096), BackwardNeeds { as_x: false, ..BACKWARD }, vec![BackwardRows, ReduceParams], 3),
         // Columns with gradients of their own and no cluster: sums and gradients in one pass of two.
         (
             SM80,

@@ -77,7 +77,10 @@ fn plan(row: &Row, device: &DeviceProperties, side: &str) -> Plan {
         "forward" => {
             forward(&row.request, device, &ForwardNeeds { momentum, given, keep: !given, ..FORWARD })
         }
-        _ => backward(&row.request, device, &BackwardNeeds { dbias: bias, ..BACKWARD }),
+        _ => {
+            let as_x = row.params.code() == row.request.element.code();
+            backward(&row.request, device, &BackwardNeeds { dbias: bias, as_x, ..BACKWARD })
+        }
     }
     .unwrap()
 }
