@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 /// Bytes of x up to which nobody is called: at 10 bytes a nanosecond one core is done with them, y written,
 /// before another has come.
-const ALONE: usize = 128 << 10;
+const ALONE: usize = if cfg!(miri) { 512 } else { 128 << 10 };
 
 /// Runs `f` on every item of an op over `bytes` of x, on several threads if there are several of both, with a
 /// value of `new` for each.

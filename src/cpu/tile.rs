@@ -8,13 +8,15 @@
 use crate::geometry::{Affine, Geometry};
 use std::ops::Range;
 
+/// Miri is thousands of times slower: under it, tensors of a few KiB are cut as megabytes are elsewhere.
+const SMALLER: usize = if cfg!(miri) { 256 } else { 1 };
 /// Bytes of input in a tile: enough for a thread to forget the cost of fetching work, few enough for
 /// the second-level cache to hold what is read twice, and written.
-const TILE_BYTES: usize = 256 << 10;
+const TILE_BYTES: usize = (256 << 10) / SMALLER;
 /// Sets above this are summed in one sweep and normalized in another.
-const WHOLE_SET_BYTES: usize = 512 << 10;
+const WHOLE_SET_BYTES: usize = (512 << 10) / SMALLER;
 /// Below this, all is done in one tile, on the calling thread: handing work over costs microseconds.
-const SERIAL_BYTES: usize = 64 << 10;
+const SERIAL_BYTES: usize = (64 << 10) / SMALLER;
 /// Tiles wanted at least from a tensor above `SERIAL_BYTES`, for threads to share.
 const MIN_TILES: usize = 16;
 /// Rows that repay a tile's own sums for every column.

@@ -58,6 +58,7 @@ fn check_cut(g: &Geometry, cut: &Cut, whole: bool) {
 }
 
 #[test]
+#[cfg_attr(miri, ignore = "no unsafe code in it, and hundreds of thousands of tiles")]
 fn cuts_tile_every_shape() {
     let column = |span| Affine::Column { span };
     // Below and above the serial limit, whole sets and cut ones, odd numbers everywhere.
@@ -119,12 +120,13 @@ fn every_item_is_worked_on_once() {
 #[test]
 fn a_panic_of_any_thread_arrives() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
-    for bad in 0..40 {
+    let items = if cfg!(miri) { 6 } else { 40 };
+    for bad in 0..items {
         let one = |_: &mut (), i: usize| {
             std::thread::sleep(Duration::from_micros(50));
             assert!(i != bad, "item {bad}");
         };
-        let run = || pool.install(|| for_each(0..40, usize::MAX, || (), one));
+        let run = || pool.install(|| for_each(0..items, usize::MAX, || (), one));
         assert!(std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err(), "item {bad}");
     }
 }
