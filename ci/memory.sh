@@ -64,7 +64,8 @@ interpreted() {
     export MIRIFLAGS="-Zmiri-disable-isolation -Zmiri-ignore-leaks -Zmiri-tree-borrows -Zmiri-permissive-provenance"
     export CANDLE_NORM_SIMD=scalar
     export PROPTEST_CASES=1 CARGO_TARGET_DIR=target/memory/miri
-    cargo +nightly miri test --lib -- cpu::tests::kernels cpu::tests::parts
+    cargo +nightly miri test --lib -- cpu::tests::parts
+    cargo +nightly miri test --lib -- cpu::tests::kernels
     cargo +nightly miri test --test suite -- worked_example:: empty::
 }
 
