@@ -3,7 +3,7 @@
 Kept apart from ci/roofline.py, which asks, because it knows instructions and no GPU. Integers, predicates and
 the launch's constants are computed; what comes from memory and from floating point is unknown, but for the
 few conversions by which integers are divided. A branch on something unknown is not taken (slow paths of
-divisions stand behind those), a wait for a barrier succeeds, and what a shuffle brings is what this lane
+divisions stand behind those) unless it jumps over the call of a slow path, a wait for a barrier succeeds, and what a shuffle brings is what this lane
 has. So the path is that of a lane whose neighbours are like it, and the count that of its warp. An
 instruction that is not known here leaves its first operand unknown; a loop that then never ends is an error.
 """
@@ -159,8 +159,8 @@ class Thread:
         if name == "BRA":
             if "DIV" in parts:
                 return at + 1
-            conditions = [x for x in o if x.kind in ("pred", "truth")]
-            if any(not self.truth(x) for x in conditions):
+            truths = [self.truth(x) for x in o if x.kind in ("pred", "truth")]
+            if False in truths or None in truths and not self.passes_slow_path(at, text):
                 return at + 1
             return self.kernel.target(text)
         if name == "CALL":
@@ -178,6 +178,11 @@ class Thread:
             for x in o[:2] if name == "SHFL" else o[:1]:
                 self.put(x, None) if x.kind == "reg" else self.put_pred(x, None)
         return at + 1
+
+    def passes_slow_path(self, at, text):
+        """Whether a jump leaves out a call for what is no normal number: roots and reciprocals jump over theirs."""
+        code, target = self.kernel.code, self.kernel.target(text)
+        return target > at and any("slowpath" in line for line in code[at + 1 : min(target, at + 6)])
 
     def track(self, name, parts, o, text):
         """Global memory that is asked for, and waits for it."""

@@ -5,6 +5,64 @@
 #pragma once
 #include "element.cuh"
 
+// One parameter for all.
+template <class A> struct OneParam {
+    A weight, bias;
+
+    template <int V> __device__ void get(u32, A (&w)[V], A (&b)[V]) const {
+#pragma unroll
+        for (int v = 0; v < V; ++v) w[v] = weight, b[v] = bias;
+    }
+};
+
+// A parameter of type P for every element, from that of element 0 on.
+template <class P, bool BIAS> struct ColumnParams {
+    const P *weight, *bias;
+
+    template <int V, class A> __device__ void get(u32 e, A (&w)[V], A (&b)[V]) const {
+        load_params_as<P>(weight, e, w);
+        if constexpr (BIAS) {
+            load_params_as<P>(bias, e, b);
+        } else {
+#pragma unroll
+            for (int v = 0; v < V; ++v) b[v] = 0;
+        }
+    }
+};
+
+// One for every `span` elements.
+template <class P> struct SpanParams {
+    const P *weight, *bias;
+    Divisor by_span;
+
+    template <int V, class A> __device__ void get(u32 e, A (&w)[V], A (&b)[V]) const {
+        const u32 i = by_span(e);
+        OneParam<A>{element_at<P, A>(weight, i), element_at<P, A>(bias, i)}.get(e, w, b);
+    }
+};
+
+// Calls f with the parameters of type P of a set, if it has a weight and all are of that type.
+template <class P, class F> __device__ inline bool with_params_as(const Params& p, u64 first, F f) {
+    if (!p.weight || p.weight_dtype != DTYPE<P> || (p.bias && p.bias_dtype != DTYPE<P>)) return false;
+    const P *weight = static_cast<const P*>(p.weight) + first, *bias = static_cast<const P*>(p.bias) + first;
+    if (!p.has(PER_COLUMN)) {
+        if (!p.bias) return false;
+        f(SpanParams<P>{weight, bias, p.by_span});
+    } else if (p.bias) {
+        f(ColumnParams<P, true>{weight, bias});
+    } else {
+        f(ColumnParams<P, false>{weight, bias});
+    }
+    return true;
+}
+
+// The same for those that are usual: of x's type T, and f32.
+template <class T, class F> __device__ inline bool with_plain_params(const Params& p, u64 first, F f) {
+    if (with_params_as<T>(p, first, f)) return true;
+    if constexpr (sizeof(T) == 2) return with_params_as<float>(p, first, f);
+    return false;
+}
+
 // T is x's element, in the loops over elements: there its own dtype comes first.
 template <class A, class T = float> struct Affine {
     const Params& p;

@@ -147,6 +147,22 @@ template <class T, int V, class A> __device__ inline void store(T* to, const A (
     pack.store(to);
 }
 
+// Into global memory. The compiler takes packs apart, and does not always find that their words are one access.
+template <class T, int V, class A> __device__ inline void store_global(T* to, const A (&values)[V]) {
+    Pack<T, V> pack;
+    pack.set(values);
+#ifndef NORM_EMULATION
+    if constexpr (pack.BYTES == 16) {
+        u32 w[4];
+        memcpy(w, &pack.raw, sizeof(w));
+        asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "r"(w[0]), "r"(w[1]), "r"(w[2]),
+                     "r"(w[3]));
+        return;
+    }
+#endif
+    pack.store(to);
+}
+
 template <class P, class A> __device__ inline A element_at(const void* from, u64 i) {
     A value[1];
     fetch<P, 1>(static_cast<const P*>(from) + i, value);

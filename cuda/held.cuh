@@ -8,65 +8,83 @@
 #include "epilogue.cuh"
 #include "input.cuh"
 
-// Two passes over the values that `each(f)` feeds to f, then Chan's merge over the warps.
+// Two passes over the values that `each(f)` feeds to f, then the warps' moments together.
 template <class A, int V, int C, class F>
 __device__ inline Moments<A> group_moments(const Params& p, Group<A, C>& group, const Slice<V, C>& slice, F each) {
-    const u32 count = slice.in_warp(slice.lane / 32);
-    A sum = 0, low = 0, m2 = 0;
-    if (p.has(CENTER)) {
-        each([&](A x) { sum += x; });
-        sum = lanes_sum(sum, group.width);
+    if (!p.has(CENTER)) {
+        A m2[1] = {};
+        each([&](A x) { m2[0] += x * x; });
+        group.sum(m2);
+        return {0, 0, m2[0], slice.set_units * V};
     }
-    const A mean = count && p.has(CENTER) ? sum / A(count) : A(0);
+    const u32 count = slice.in_warp(slice.lane / 32);
+    A sum = 0, rest = 0, m2 = 0;
+    each([&](A x) { sum += x; });
+    // A slice, or a warp's part of it, may be empty.
+    const A inverse = count ? quick_inverse(A(count)) : A(0), mean = lanes_sum(sum, group.width) * inverse;
     each([&](A x) {
         const A d = x - mean;
-        low += d;
+        rest += d;
         m2 += d * d;
     });
-    m2 = lanes_sum(m2, group.width);
-    if (p.has(CENTER)) {
-        // What the rounding of the mean has left; it moves M2 by a square of a rounding.
-        const A rest = lanes_sum(low, group.width);
-        low = count ? rest / A(count) : A(0);
-        m2 -= rest * low;
-        m2 = m2 < 0 ? A(0) : m2;
-    } else {
-        low = 0;
-    }
-    Moments<A> m{mean, low, m2, count};
+    Moments<A> m{mean, 0, lanes_sum(m2, group.width), count};
+    correct(lanes_sum(rest, group.width) * inverse, A(count), m);
     group.merge_all(
-        m, [&](u32 warp) { return slice.in_warp(warp); }, [&](u32 rank) { return slice.in_rank(rank); });
+        m, slice.set_units * V, [&](u32 warp) { return slice.in_warp(warp); }, [&](u32 rank) { return slice.in_rank(rank); });
     return m;
 }
 
-// The output of a held set. `FUSED_TOO`: with what stands behind the affine map, and with an offset of the weight.
-template <bool FUSED_TOO, class T, int V, int C, class Where, class A>
-__device__ inline void put_output_as(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, const T* held) {
+// The output of a held set, whatever stands around it and wherever its parameters lie.
+template <class T, int V, int C, class Where, class A>
+__device__ inline void put_any_output(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, const T* held) {
     const Affine<A, T> affine(p, at.first_param);
     T* out = static_cast<T*>(p.out) + at.base;
-#pragma unroll(FUSED_TOO ? 1 : 2)
+#pragma unroll 1
     for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
         const u32 e = (slice.first + unit) * V;
         if (SKIP_FIRST && e == 0) continue;
         A values[V], w[V], b[V];
         load<T, V>(held + unit * V, values);
-        affine.template weight<V, FUSED_TOO>(at.column(e), w);
+        affine.weight(at.column(e), w);
         affine.bias(at.column(e), b);
 #pragma unroll
         for (int v = 0; v < V; ++v) values[v] = stats(values[v]) * w[v] + b[v];
         const u64 offset = at.offset(p, e);
-        if (FUSED_TOO && p.has(FUSED)) finish<T, V>(p, at.base + offset, values);
+        if (p.has(FUSED)) finish<T, V>(p, at.base + offset, values);
         store<T, V>(out + offset, values);
+    }
+}
+
+// The same where nothing is fused and `params` knows where the parameters lie: a third of the instructions.
+template <bool CONTIGUOUS, class T, int V, int C, class Where, class A, class P>
+__device__ inline void put_plain_output(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, const T* held,
+                                        const P& params) {
+    T* out = static_cast<T*>(p.out) + at.base + (CONTIGUOUS ? at.offset(p, 0) + u64(slice.first) * V : 0);
+#pragma unroll 2
+    for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
+        const u32 e = (slice.first + unit) * V;
+        if (SKIP_FIRST && e == 0) continue;
+        A values[V], w[V], b[V];
+        params.get(at.column(e), w, b);
+        load<T, V>(held + unit * V, values);
+#pragma unroll
+        for (int v = 0; v < V; ++v) values[v] = stats(values[v]) * w[v] + b[v];
+        store_global<T, V>(out + (CONTIGUOUS ? u64(unit) * V : at.offset(p, e)), values);
     }
 }
 
 template <class T, int V, int C, class Where, class A>
 __device__ inline void put_output(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, const T* held) {
-    if (p.has(FUSED) || p.weight_offset != 0) {
-        put_output_as<true>(p, slice, at, stats, held);
-    } else {
-        put_output_as<false>(p, slice, at, stats, held);
+    const auto plain = [&](const auto& params) { put_plain_output<true>(p, slice, at, stats, held, params); };
+    const bool known = !p.has(FUSED) && p.weight_offset == 0;
+    if (known && p.has(PER_SET)) {
+        const Affine<A, T> affine(p, at.first_param);
+        const OneParam<A> params{affine.weight_at(at.first_param), affine.bias_at(at.first_param)};
+        if (at.contiguous(p)) return plain(params);
+        return put_plain_output<false>(p, slice, at, stats, held, params);
     }
+    if (known && at.contiguous(p) && with_plain_params<T>(p, at.first_param, plain)) return;
+    put_any_output(p, slice, at, stats, held);
 }
 
 // Moments of a held set or chunk.

@@ -66,7 +66,7 @@ __device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& sl
 #pragma unroll
             for (int v = 0; v < V; ++v) values[v] = input_gradient(stats, values[v], d[v], sums);
         }
-        store<T, V>(out + at.offset(p, e), values);
+        store_global<T, V>(out + at.offset(p, e), values);
     }
 }
 
@@ -147,7 +147,27 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         }
         copies_batch();
     };
-    A dweight[E] = {}, dbias[E] = {};
+    A weights[E] = {}, dweight[E] = {}, dbias[E] = {};
+    const Affine<A, T> affine(p, work.first_param(p));
+    // Weights of a thread's columns are kept for all rows. With an element an access there is no register for them.
+    const auto weight_of = [&](int k, bool kept, A(&w)[V]) {
+        if constexpr (V > 1) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) w[v] = weights[k * V + v];
+            if (kept) return;
+        }
+        affine.weight((slice.first + slice.lane + k * slice.lanes) * V, w);
+    };
+    if constexpr (V > 1) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            A w[V] = {};
+            if (slice.lane + k * slice.lanes < slice.units) weight_of(k, false, w);
+#pragma unroll
+            for (int v = 0; v < V; ++v) weights[k * V + v] = w[v];
+        }
+    }
+    const A inverse = A(1) / A(p.count);
     u32 stage = 0;
     ask(work.first, stage);
     for (u64 item = work.first; item < work.last; item += per_block, stage ^= p.stages > 1) {
@@ -160,7 +180,6 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         const u64 now = active ? item + mine : item;
         const Row at = place(now);
         const Stats<A> stats = load_stats<A>(p, now * p.sets_per_outer + work.line);
-        const Affine<A, T> affine(p, at.first_param);
         if (ahead) {
             copies_done<1>();
         } else {
@@ -177,7 +196,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
             A values[V], d[V], w[V];
             load<T, V>(x + unit * V, values);
             dy.get(unit * V, d);
-            affine.weight((slice.first + unit) * V, w);
+            weight_of(k, true, w);
 #pragma unroll
             for (int v = 0; v < V; ++v) {
                 const A xhat = stats(values[v]);
@@ -189,8 +208,20 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         }
         if (!p.out) continue;
         group.sum(sums);
-        to_means(p, A(1), sums);
-        if (active) put_input_gradient(p, slice, at, stats, A(1), sums, x, dy);
+        const A mean = p.has(CENTER) ? sums[0] * inverse * stats.rstd : A(0), slope = sums[1] * inverse * stats.rstd;
+        T* out = static_cast<T*>(p.out) + at.base;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const u32 unit = slice.lane + k * slice.lanes;
+            if (unit >= slice.units || !active) continue;
+            A values[V], d[V], w[V];
+            load<T, V>(x + unit * V, values);
+            dy.get(unit * V, d);
+            weight_of(k, true, w);
+#pragma unroll
+            for (int v = 0; v < V; ++v) values[v] = (d[v] * w[v] * stats.rstd - mean) - stats(values[v]) * slope;
+            store_global<T, V>(out + u64(slice.first + unit) * V, values);
+        }
     }
     if (p.has(WANT_PARAMS)) {
         if (per_block > 1) {

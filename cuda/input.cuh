@@ -52,7 +52,7 @@ __device__ inline void hold_async(const Params& p, const Slice<V, C>& slice, con
         from += at.offset(p, 0) + u64(slice.first) * V;
 #pragma unroll(Pack<T, V>::BYTES >= 4 && HAS_COPIES ? 4 : 8)
         for (u32 unit = slice.lane; unit < units; unit += slice.lanes) {
-            copy_async<Pack<T, V>::BYTES>(held + unit * V * step, from + unit * V);
+            copy_async<Pack<T, V>::BYTES>(held + unit * V * step, from + u64(unit) * V);
         }
         return;
     }

@@ -50,6 +50,34 @@ template <class A> __device__ inline A lanes_sum(A v, u32 width) {
     return v;
 }
 
+// Close to 1 / v, for numbers that choose a pivot or scale what a rounding has left.
+template <class A> __device__ inline A quick_inverse(A v) {
+#ifndef NORM_EMULATION
+    if constexpr (sizeof(A) == 4) {
+        asm("rcp.approx.f32 %0, %1;" : "=f"(v) : "f"(v));
+        return v;
+    }
+#endif
+    return A(1) / v;
+}
+
+// Takes in what the rounding of the mean has left, the mean of the differences to it.
+template <class A> __device__ inline void correct(A low, A count, Moments<A>& m) {
+    m.low = low;
+    m.m2 -= low * low * count;
+    m.m2 = m.m2 < 0 ? A(0) : m.m2;
+}
+
+// Merges the moments of groups of `width` lanes at once, around the mean of their means; `total` is all that they
+// count. Fewer steps than merging them by pairs, no division, and the result in every lane.
+template <class A> __device__ inline void lanes_combine(Moments<A>& m, u32 total, u32 width) {
+    const A count = A(m.count), share = total ? count * quick_inverse(A(total)) : A(0);
+    const A mean = lanes_sum(m.mean * share, width), d = (m.mean - mean) + m.low;
+    const A m2 = lanes_sum(m.m2 + count * d * d, width);
+    m = {mean, 0, m2, total};
+    correct(lanes_sum(share * d, width), A(total), m);
+}
+
 // Merges moments over groups of `width` lanes in a fixed order, the result in every lane.
 template <class A, class N> __device__ inline void lanes_merge(Moments<A, N>& m, u32 width) {
 #pragma unroll 1
@@ -217,18 +245,19 @@ template <class A, int C> struct Group {
     }
 
     // Merges the moments of warps (the same in its lanes) over the group. Counts need not travel:
-    // `in_warp(i)` tells that of warp i of this block, `in_rank(r)` that of block r.
-    template <class F, class G> __device__ void merge_all(Moments<A>& m, F in_warp, G in_rank) {
+    // `in_warp(i)` tells that of warp i of this block, `in_rank(r)` that of block r, of `total`.
+    template <class F, class G> __device__ void merge_all(Moments<A>& m, u32 total, F in_warp, G in_rank) {
         if (lanes > 32) {
             const A* all = in_block(parts(m));
             const u32 warps = lanes / 32, i = threadIdx.x & (warps - 1);
             m = {all[i], all[WARPS + i], all[2 * WARPS + i], in_warp(i)};
-            lanes_merge(m, warps);
+            lanes_combine(m, in_rank(block_rank<C>()), warps);
         }
         if constexpr (C > 1) {
             const A* box = exchange.all(parts(m).v);
-            m = {0, 0, 0, 0};
-            for (int r = 0; r < C; ++r) merge(m, Moments<A>{box[r], box[C + r], box[2 * C + r], in_rank(r)});
+            const u32 r = threadIdx.x % C;
+            m = {box[r], box[C + r], box[2 * C + r], in_rank(r)};
+            lanes_combine(m, total, C);
         }
     }
 

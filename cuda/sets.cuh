@@ -47,9 +47,13 @@ __device__ inline Place place_set(const Params& p, u64 set) {
 }
 
 template <class A> struct Stats {
-    A mean, low, rstd;
-    // The element normalized.
-    __device__ A operator()(A x) const { return ((x - mean) - low) * rstd; }
+    A mean, rstd, shift;
+
+    Stats() = default;
+    // A root of infinity makes no difference out of none.
+    __device__ Stats(A mean, A low, A rstd) : mean(mean), rstd(rstd), shift(low == 0 ? A(0) : -low * rstd) {}
+    // The element normalized: (x - mean - low) * rstd.
+    __device__ A operator()(A x) const { return (x - mean) * rstd + shift; }
 };
 
 template <class A> __device__ inline Stats<A> load_stats(const Params& p, u64 set) {
