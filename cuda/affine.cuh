@@ -71,13 +71,11 @@ template <class A, class T = float> struct Affine {
     __device__ Affine(const Params& p, u64 first) : p(p), first(first) {}
 
     // Elements e .. e + V of the set, counted from the one that `first` belongs to.
-    template <int V, bool OFFSET = true> __device__ void weight(u32 e, A (&w)[V]) const {
+    template <int V> __device__ void weight(u32 e, A (&w)[V]) const {
         if (p.weight) {
             load(p.weight, p.weight_dtype, e, w);
-            if constexpr (OFFSET) {
 #pragma unroll
-                for (int v = 0; v < V; ++v) w[v] += A(p.weight_offset);
-            }
+            for (int v = 0; v < V; ++v) w[v] += A(p.weight_offset);
         } else {
             fill(w, A(1));
         }
