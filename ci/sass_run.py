@@ -3,8 +3,8 @@
 Kept apart from ci/roofline.py, which asks, because it knows instructions and no GPU. Integers, predicates and
 the launch's constants are computed; what comes from memory and from floating point is unknown, but for the
 few conversions by which integers are divided. A branch on something unknown is not taken (slow paths of
-divisions stand behind those) unless it jumps over the call of a slow path, a wait for a barrier succeeds, and what a shuffle brings is what this lane
-has. So the path is that of a lane whose neighbours are like it, and the count that of its warp. An
+divisions stand behind those) unless it jumps over the call of a slow path, a wait for a barrier succeeds, and
+what a shuffle brings is what this lane has. So the path is that of a lane whose neighbours are like it, and the count that of its warp. An
 instruction that is not known here leaves its first operand unknown; a loop that then never ends is an error.
 """
 

@@ -45,27 +45,26 @@ const ROWS: [(Op, &[usize], DType); 18] = [
     (Op::Evaluation, &[64, 3, 32, 32], F32),
 ];
 
-/// Norms with what stands around them.
-#[derive(Clone, Copy)]
-enum Fused {
-    GroupNormSilu,
-    GatedRmsNorm,
-    AddLayerNorm,
-    ModulatedLayerNorm,
-    BatchNormSkipRelu,
-}
-
-const FUSED: [(Fused, &[usize], DType); 10] = [
-    (Fused::GroupNormSilu, &[2, 320, 32, 32], F32),
-    (Fused::GroupNormSilu, &[2, 320, 32, 32], BF16),
-    (Fused::GatedRmsNorm, &[128, 4096], F32),
-    (Fused::GatedRmsNorm, &[128, 4096], BF16),
-    (Fused::AddLayerNorm, &[128, 4096], F32),
-    (Fused::AddLayerNorm, &[128, 4096], BF16),
-    (Fused::ModulatedLayerNorm, &[2, 256, 1152], F32),
-    (Fused::ModulatedLayerNorm, &[2, 256, 1152], BF16),
-    (Fused::BatchNormSkipRelu, &[32, 64, 28, 28], F32),
-    (Fused::BatchNormSkipRelu, &[32, 64, 28, 28], BF16),
+/// Norms with what stands around them, in f32 and bf16: a row's name, the shapes of x and of the weight, and the call on x, a
+/// second tensor like it and the weight.
+type Fused = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
+const FUSED: [(&str, &[usize], &[usize], Fused); 5] = [
+    ("group-norm-silu", &[2, 320, 32, 32], &[320], |x, _, w| {
+        fused::group_norm_act(x, 32, Some(w), Some(w), 1e-5, None, Activation::Silu)
+    }),
+    ("gated-rms-norm", &[128, 4096], &[4096], |x, gate, w| {
+        fused::gated_rms_norm(x, gate, w.dims(), Some(w), 1e-5, false)
+    }),
+    ("add-layer-norm", &[128, 4096], &[4096], |x, residual, w| {
+        Ok(fused::add_layer_norm(x, residual, w.dims(), Some(w), Some(w), 1e-5)?.normed)
+    }),
+    ("modulated-layer-norm", &[2, 256, 1152], &[2, 1152], |x, _, w| {
+        fused::modulated_layer_norm(x, &w.dims()[1..], w, Some(w), 1e-5)
+    }),
+    ("batch-norm-skip-relu", &[32, 64, 28, 28], &[64], |x, skip, w| {
+        let (w, act) = (Some(w), Activation::Relu);
+        fused::batch_norm_act(x, None, None, w, w, true, 0.1, 1e-5, Some(skip), act)
+    }),
 ];
 
 /// Numbers around 0.3 that cost few instructions to make.
@@ -116,7 +115,7 @@ fn row(op: Op, shape: &[usize], dtype: DType) -> Result<()> {
     let channels = shape[1];
     let (w, b) = (numbers(&[channels], dtype, 2)?, numbers(&[channels], dtype, 3)?);
     let running = [Var::zeros(channels, F32, &Device::Cpu)?, Var::ones(channels, F32, &Device::Cpu)?];
-    let (name, dims) = (name(op), shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x"));
+    let (name, dims) = (name(op), by_x(shape));
     let dtype_name = dtype.as_str();
     println!("{name} {dims} {dtype_name} forward");
     counted(&|| forward(op, &x, &w, &b, &running).map(drop))?;
@@ -132,40 +131,15 @@ fn row(op: Op, shape: &[usize], dtype: DType) -> Result<()> {
     Ok(())
 }
 
-fn fused_forward(op: Fused, x: &Tensor, other: &Tensor, w: &Tensor) -> Result<Tensor> {
-    let (n, some) = (w.dims(), Some(w));
-    match op {
-        Fused::GroupNormSilu => fused::group_norm_act(x, 32, some, some, 1e-5, None, Activation::Silu),
-        Fused::GatedRmsNorm => fused::gated_rms_norm(x, other, n, some, 1e-5, false),
-        Fused::AddLayerNorm => fused::add_layer_norm(x, other, n, some, some, 1e-5).map(|both| both.normed),
-        Fused::ModulatedLayerNorm => fused::modulated_layer_norm(x, &n[1..], w, some, 1e-5),
-        Fused::BatchNormSkipRelu => {
-            let (skip, act) = (Some(other), Activation::Relu);
-            fused::batch_norm_act(x, None, None, some, some, true, 0.1, 1e-5, skip, act)
-        }
-    }
-}
-
 /// Forward alone: candle's own additions are most of a backward behind several inputs.
-fn fused_row(op: Fused, shape: &[usize], dtype: DType) -> Result<()> {
-    let params = match op {
-        Fused::ModulatedLayerNorm => vec![shape[0], shape[2]],
-        _ => vec![shape[1]],
-    };
-    let (x, other, w) = (numbers(shape, dtype, 1)?, numbers(shape, dtype, 3)?, numbers(&params, dtype, 2)?);
-    let dims = shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x");
-    println!("{} {dims} {} forward", fused_name(op), dtype.as_str());
-    counted(&|| fused_forward(op, &x, &other, &w).map(drop))
+fn fused_row(name: &str, shape: &[usize], params: &[usize], call: Fused, dtype: DType) -> Result<()> {
+    let (x, other, w) = (numbers(shape, dtype, 1)?, numbers(shape, dtype, 3)?, numbers(params, dtype, 2)?);
+    println!("{name} {} {} forward", by_x(shape), dtype.as_str());
+    counted(&|| call(&x, &other, &w).map(drop))
 }
 
-fn fused_name(op: Fused) -> &'static str {
-    match op {
-        Fused::GroupNormSilu => "group-norm-silu",
-        Fused::GatedRmsNorm => "gated-rms-norm",
-        Fused::AddLayerNorm => "add-layer-norm",
-        Fused::ModulatedLayerNorm => "modulated-layer-norm",
-        Fused::BatchNormSkipRelu => "batch-norm-skip-relu",
-    }
+fn by_x(shape: &[usize]) -> String {
+    shape.iter().map(usize::to_string).collect::<Vec<_>>().join("x")
 }
 
 fn name(op: Op) -> &'static str {
@@ -181,5 +155,7 @@ fn name(op: Op) -> &'static str {
 
 fn main() -> Result<()> {
     ROWS.into_iter().try_for_each(|(op, shape, dtype)| row(op, shape, dtype))?;
-    FUSED.into_iter().try_for_each(|(op, shape, dtype)| fused_row(op, shape, dtype))
+    FUSED.into_iter().try_for_each(|(name, shape, params, call)| {
+        [F32, BF16].into_iter().try_for_each(|dtype| fused_row(name, shape, params, call, dtype))
+    })
 }
