@@ -105,7 +105,7 @@ class Candle:
 class Torch:
     """PyTorch's contenders over one row."""
 
-    def __init__(self, row, tensors, device, l2):
+    def __init__(self, row, tensors, device, l2, without=()):
         import torch
 
         self.torch, self.row, self.device = torch, row, device
@@ -120,6 +120,8 @@ class Torch:
         if row["norm"].startswith("BatchNorm") and device == "cuda":
             self.functions["torch without cuDNN"] = self.without_cudnn
         self.functions |= self.others()
+        for name in without:
+            self.functions.pop(name, None)
 
     def others(self):
         """torch.compile, and what else is installed."""
@@ -335,7 +337,7 @@ class Run:
         return t | {"running_mean": torch.zeros(params), "running_var": torch.ones(params)}
 
     def measure(self, row):
-        side = Torch(row, self.tensors(row), self.device, self.about["l2"])
+        side = Torch(row, self.tensors(row), self.device, self.about["l2"], self.options.without)
         if self.candle:
             what, error = side.compare()
             bound = tolerance(row)
@@ -462,6 +464,7 @@ def arguments():
     parser.add_argument("--block-ms", type=float, default=10.0, help="how long a block of calls should take")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--norms", nargs="+", help="norms to measure (default: all)")
+    parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out: those that compile take most of the time")
     parser.add_argument("--name", help="of the files in --out: gpu, or dry-run")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no row after this long")
     parser.add_argument("--dry-run", action="store_true")

@@ -27,13 +27,19 @@ executable() {
 
 suite=$(executable --test suite)
 worker=$(executable --bench gpu-worker)
-[ -x "$suite" ] && [ -x "$worker" ] || { echo "pack: cargo built no suite or no worker" >&2 && exit 1; }
+norms=$(executable --bench norms)
+blocks=$(executable --bench blocks)
+for program in "$suite" "$worker" "$norms" "$blocks"; do
+    [ -x "$program" ] || { echo "pack: cargo did not build all four programs" >&2 && exit 1; }
+done
 
 round=target/gpu/round
 rm -rf "$round"
 mkdir -p "$round/bin" "$round/tests" "$round/wheels" "$round/variants"
 strip -o "$round/bin/suite" "$suite"
 strip -o "$round/bin/worker" "$worker"
+strip -o "$round/bin/norms" "$norms"
+strip -o "$round/bin/blocks" "$blocks"
 cp benches/gpu/*.py benches/gpu/*.sh benches/gpu/rows.tsv benches/gpu/README.md "$round/"
 cp -r tests/golden "$round/tests/"
 # Liger is pure Python (Triton comes with PyTorch): its wheel can be imported as it is.

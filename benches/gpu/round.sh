@@ -6,10 +6,12 @@
 #     round/round.sh layer -- --rounds 3     with arguments of measure.py behind --
 #     round/round.sh --dry-run           what can be done without a GPU; needs Python alone
 #
-#   suite      every test on the device
+#   suite      every test on the device, in processes side by side
 #   graphs     every op captured in a CUDA graph and replayed
 #   layer      candle-norm, candle-nn, PyTorch and others: layer and RMS norm
 #   channels   the same: group, instance and batch norm
+#   bench      cargo bench --bench norms: beside candle-nn alone
+#   blocks     cargo bench --bench blocks: blocks of models and whole models
 #   ncu        Nsight Compute on six kernels, where it is installed
 #   variants   kernels in variants/*/ against the compiled ones (variants.py)
 #   sanitizer  compute-sanitizer over a short suite: memcheck, racecheck, initcheck, where installed
@@ -21,8 +23,8 @@ set -uo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
 out=${OUT:-$here/results}
-declare -A limit=([suite]=420 [graphs]=90 [layer]=520 [channels]=520 [ncu]=400 [variants]=400 [sanitizer]=520)
-all=(suite graphs layer channels ncu variants sanitizer)
+declare -A limit=([suite]=420 [graphs]=90 [layer]=520 [channels]=520 [bench]=300 [blocks]=300 [ncu]=400 [variants]=400 [sanitizer]=520)
+all=(suite graphs layer channels bench blocks ncu variants sanitizer)
 steps=() arguments=() dry=
 while [ $# -gt 0 ]; do
     case "$1" in
@@ -54,23 +56,44 @@ done
 export PYTHONPATH=${PYTHONPATH:-}
 # The suite reads tests/golden from here.
 export CANDLE_NORM_TEST_DEVICE=cuda CARGO_MANIFEST_DIR=$here
+# candle captures a backtrace with every error, and printing one resolves it through CUDA's libraries: seconds
+# for each of the hundreds of errors that the suite asks for.
+export RUST_BACKTRACE=0 RUST_LIB_BACKTRACE=0
 
 # Reports what the programs would not find. A machine without a GPU lacks libcuda, which comes with
 # the driver, and one without PyTorch the rest of CUDA.
 check_programs() {
     local program missing status=0
-    for program in suite worker; do
+    for program in suite worker norms blocks; do
         [ -x "$here/bin/$program" ] || { echo "no bin/$program" && status=1 && continue; }
         missing=$(ldd "$here/bin/$program" | awk '/not found/ { print $1 }' | paste -sd' ' -)
         [ -z "$missing" ] || { echo "bin/$program lacks: $missing" && status=1; }
     done
-    [ $status = 0 ] && echo "bin/suite and bin/worker find their libraries"
+    [ $status = 0 ] && echo "the programs find their libraries"
     [ -n "$dry" ] || return $status
 }
 
+# In a process the tests share candle's stream and run one after the other; most of their time is the
+# host's, which computes what is expected, so that every core has a process and a share of the tests.
 suite() {
-    # One thread: candle's stream is the thread's, and the tests share a device.
-    (cd "$here" && bin/suite --test-threads=1 "$@")
+    local tests shards shard status=0 jobs=()
+    cd "$here" || return 1
+    bin/suite --list --format terse "$@" | sed -n 's/: test$//p' >"$out/suite-tests"
+    tests=$(wc -l <"$out/suite-tests")
+    shards=$(nproc)
+    for ((shard = 0; shard < shards && shard < tests; shard++)); do
+        # shellcheck disable=SC2046
+        bin/suite --test-threads=1 --exact $(awk "NR % $shards == $shard" "$out/suite-tests") \
+            >"$out/suite-$shard.log" 2>&1 &
+        jobs+=($!)
+    done
+    for shard in "${jobs[@]}"; do wait "$shard" || status=1; done
+    grep -h -A 30 '^---- ' "$out"/suite-*.log
+    grep -h '^test result' "$out"/suite-*.log | awk '{ ok += $4; bad += $6; ignored += $8 }
+        END { printf "suite: %d of %d tests passed, %d failed, %d ignored\n", ok, ok + bad, bad, ignored }'
+    echo "suite: $tests tests listed, $(cat "$out"/suite-*.log | grep -c '^test .* ok$') ok"
+    cat "$out"/suite-*.log | gzip >"$out/suite.txt.gz" && rm -f "$out"/suite-*.log
+    return $status
 }
 
 measure() {
@@ -93,7 +116,7 @@ ncu_kernels() {
         [ "$figure" = forward ] || kernels='^norm_.*(backward|sums|params)'
         printf 'open\t{"norm":"%s","shape":[%s],"groups":%s,"dtype":"%s","layout":"%s"}\t\ntime\tcandle-norm\t%s\t8\n' \
             "$norm" "${shape//x/,}" "${groups/-/0}" "$dtype" "$layout" "$figure" |
-            timeout 60 ncu --csv --page raw --set full --kernel-name "regex:$kernels" --launch-skip 4 \
+            timeout 60 ncu --clock-control none --csv --page raw --set full --kernel-name "regex:$kernels" --launch-skip 4 \
                 --launch-count 4 "$here/bin/worker" >"$out/ncu-$i.csv" 2>"$out/ncu-$i.log" || status=1
         echo "ncu-$i.csv: $row: $(wc -l <"$out/ncu-$i.csv") lines"
     done
@@ -120,6 +143,9 @@ run_step() {
         graphs) suite cuda_graph ;;
         layer) measure --name layer "${arguments[@]}" --norms LayerNorm RmsNorm ;;
         channels) measure --name channels "${arguments[@]}" --norms GroupNorm InstanceNorm BatchNorm BatchNormEval ;;
+        bench) CANDLE_NORM_BENCH_OUT=$out "$here/bin/norms" --bench --once "${arguments[@]}" ;;
+        blocks) CANDLE_NORM_BENCH_OUT=$out "$here/bin/blocks" --bench "${arguments[@]}" &&
+            CANDLE_NORM_BENCH_OUT=$out "$here/bin/blocks" --bench --models "${arguments[@]}" ;;
         ncu) ncu_kernels ;;
         variants) python3 "$here/variants.py" --worker "$here/bin/worker" --out "$out" "${arguments[@]}" ;;
         sanitizer) sanitizer ;;

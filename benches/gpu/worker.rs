@@ -16,6 +16,7 @@ use serde_json::{json, Value};
 use std::collections::{HashMap, VecDeque};
 use std::io::{BufRead, Write};
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 const EPS: f64 = 1e-5;
 const MOMENTUM: f64 = 0.1;
@@ -26,8 +27,9 @@ type Layer<'a> = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + 'a>;
 
 fn main() -> Result<()> {
     let device = Device::new_cuda(0)?;
+    let start = Instant::now();
     candle_norm::cuda::warmup(&device)?;
-    let gpu = Gpu::new(device)?;
+    let gpu = Gpu::new(device, start.elapsed())?;
     let mut open: Option<Open> = None;
     for line in std::io::stdin().lock().lines() {
         let line = line?;
@@ -63,13 +65,15 @@ struct Gpu {
     device: Device,
     stream: Arc<CudaStream>,
     l2: usize,
+    /// What loading every kernel took.
+    warmup: Duration,
 }
 
 impl Gpu {
-    fn new(device: Device) -> Result<Self> {
+    fn new(device: Device, warmup: Duration) -> Result<Self> {
         let stream = device.as_cuda_device()?.cuda_stream();
         let l2 = stream.context().attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE)?;
-        Ok(Self { device, stream, l2: l2 as usize })
+        Ok(Self { device, stream, l2: l2 as usize, warmup })
     }
 
     fn describe(&self) -> Result<Value> {
@@ -81,6 +85,7 @@ impl Gpu {
             "multiprocessors":
                 context.attribute(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?,
             "l2": self.l2,
+            "warmup ms": self.warmup.as_secs_f64() * 1e3,
         }))
     }
 

@@ -3,9 +3,9 @@
 //! Golden cases, random cases and hand-picked ones all run through it, so that each is compared in
 //! full: output, every gradient, running statistics, dtypes and shapes.
 
-use crate::common::{data, device, tensor, values};
+use crate::common::{data, on_device, tensor, values};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Result, Tensor, Var};
+use candle_core::{DType, Device, Result, Tensor, Var};
 use candle_nn::Activation;
 use candle_norm::functional::{self as f, fused};
 
@@ -211,7 +211,9 @@ pub struct Argument {
 
 impl Argument {
     pub fn new(values: &[f64], dims: &[usize], dtype: DType, layout: &Layout) -> Result<Self> {
-        let mut view = Tensor::from_slice(values, dims, device())?.to_dtype(dtype)?;
+        // On the host, and moved at the end.
+        let cpu = &Device::Cpu;
+        let mut view = Tensor::from_slice(values, dims, cpu)?.to_dtype(dtype)?;
         if let Some(d) = layout.broadcast {
             view = view.narrow(d, 0, 1)?;
         }
@@ -219,14 +221,14 @@ impl Argument {
             let poison = |n: usize| {
                 let mut dims = view.dims().to_vec();
                 dims[d] = n;
-                Tensor::full(f64::NAN, dims, device())?.to_dtype(dtype)
+                Tensor::full(f64::NAN, dims, cpu)?.to_dtype(dtype)
             };
             view = Tensor::cat(&[&poison(before)?, &view, &poison(after)?], d)?;
         }
         if !layout.order.is_empty() {
             view = view.permute(layout.order.clone())?;
         }
-        let base = Var::from_tensor(&view.contiguous()?)?;
+        let base = Var::from_tensor(&on_device(&view.contiguous()?)?)?;
         let view = layout.view(base.as_tensor(), dims)?;
         Ok(Self { base, view, layout: layout.clone() })
     }

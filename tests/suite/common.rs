@@ -1,6 +1,7 @@
 //! What every module of the suite shares: the device, seeded data, values as f64.
 
 use candle_core::{DType, Device, Result, Tensor};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
 /// The device under test: `CANDLE_NORM_TEST_DEVICE` is `cpu` (the default) or `cuda`.
@@ -81,9 +82,33 @@ pub fn bits(t: &Tensor) -> Vec<u64> {
     values(t).into_iter().map(f64::to_bits).collect()
 }
 
-/// A contiguous tensor on the device under test, each value rounded once to `dtype`.
+/// A contiguous tensor on the device under test, each value rounded to `dtype` on the host, so that every
+/// device has the same inputs.
 pub fn tensor(values: &[f64], dims: &[usize], dtype: DType) -> Result<Tensor> {
-    Tensor::from_slice(values, dims, device())?.to_dtype(dtype)
+    on_device(&Tensor::from_slice(values, dims, &Device::Cpu)?.to_dtype(dtype)?)
+}
+
+/// Ones, on the device under test.
+pub fn ones(dims: &[usize], dtype: DType) -> Result<Tensor> {
+    on_device(&Tensor::ones(dims, dtype, &Device::Cpu)?)
+}
+
+/// A tensor of the host, moved to the device under test.
+///
+/// On a GPU candle 0.11 keeps tensors without elements, copies them and computes with them, but fails at a
+/// cast and a constant, which launch a kernel of no blocks: both are done on the host.
+pub fn on_device(t: &Tensor) -> Result<Tensor> {
+    match t.elem_count() {
+        0 => Tensor::zeros(t.shape(), t.dtype(), device()),
+        _ => t.to_device(device()),
+    }
+}
+
+/// Says that a call is not run on the device under test, where candle fails around ours, and how many so far.
+pub fn left_out(why: &str) {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let count = 1 + COUNT.fetch_add(1, Ordering::Relaxed);
+    println!("not run on {:?}: {why}; {count} calls so far in this process", device().location());
 }
 
 /// Half the distance from 1 to the next number: the bound of one rounding, relatively.

@@ -4,7 +4,7 @@
 //! another, behind it too, and its gradient on the way back.
 
 use crate::case::{Arguments, Case, Gate};
-use crate::common::unit_roundoff;
+use crate::common::{device, unit_roundoff};
 use crate::oracle::{arithmetic, Approx};
 use candle_core::DType;
 use candle_nn::Activation;
@@ -96,11 +96,25 @@ fn stored(sum: f64, wide: bool, dtype: DType) -> f64 {
         DType::F32 => f64::from(sum as f32),
         DType::F16 if !wide => f16::from_f32(sum as f32).to_f64(),
         DType::BF16 if !wide => bf16::from_f32(sum as f32).to_f64(),
-        // As candle converts: `half` drops bits of an f64 before it rounds.
+        // A GPU rounds once, by cvt.rn of CUDA's own headers.
+        DType::F16 if device().is_cuda() => f16::from_f32(to_odd(sum)).to_f64(),
+        DType::BF16 if device().is_cuda() => bf16::from_f32(to_odd(sum)).to_f64(),
+        // As candle converts on the CPU: `half` drops bits of an f64 before it rounds.
         DType::F16 => f16::from_f64(sum).to_f64(),
         DType::BF16 => bf16::from_f64(sum).to_f64(),
         other => panic!("no norm takes {other:?}"),
     }
+}
+
+/// An f32 that any rounding to fewer bits takes to where it would take `x`: cut off, and made odd where that
+/// lost something (Boldo and Melquiond, <https://doi.org/10.1109/TC.2007.70819>).
+fn to_odd(x: f64) -> f32 {
+    let near = x as f32;
+    if f64::from(near) == x || !near.is_finite() {
+        return near;
+    }
+    let away = f64::from(near).abs() > x.abs();
+    f32::from_bits((near.to_bits() - u32::from(away)) | 1)
 }
 
 /// What is normalized.
@@ -203,5 +217,25 @@ fn the_error_function_is_its_own_integral() {
         let (h, d) = (1e-3, |t: f64| 2.0 / std::f64::consts::PI.sqrt() * (-t * t).exp());
         let step = h / 3.0 * (d(x - h) + 4.0 * d(x) + d(x + h));
         assert!((erf(x + h) - erf(x - h) - step).abs() < 1e-15, "{x}");
+    }
+}
+
+/// Against the nearest of all finite numbers of 16 bits, on values that lie between two of them to the last bit.
+#[test]
+fn a_number_cut_off_to_odd_is_rounded_once() {
+    let half = |bits: u16| [f16::from_bits(bits).to_f64(), bf16::from_bits(bits).to_f64()];
+    for bits in 0..0x7bff_u16 {
+        for (i, rounded) in [|x| f16::from_f32(to_odd(x)).to_bits(), |x| bf16::from_f32(to_odd(x)).to_bits()]
+            .into_iter()
+            .enumerate()
+        {
+            let (low, high) = (half(bits)[i], half(bits + 1)[i]);
+            let middle = 0.5 * (low + high);
+            let even = bits + (bits & 1);
+            assert_eq!([rounded(low), rounded(middle)], [bits, even], "{low:e}");
+            let (down, up) = (f64::from_bits(middle.to_bits() - 1), f64::from_bits(middle.to_bits() + 1));
+            assert_eq!([rounded(down), rounded(up)], [bits, bits + 1], "{middle:e}");
+            assert_eq!([rounded(-down), rounded(-up)].map(|b| b & 0x7fff), [bits, bits + 1]);
+        }
     }
 }

@@ -482,8 +482,7 @@ fn candle_nn_and_candle_norm_answer_alike() -> Result<()> {
 /// docs/switching.md lists the exceptions, all of them and no others.
 #[test]
 fn the_page_lists_the_exceptions() {
-    let page =
-        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/docs/switching.md")).expect("the page");
+    let page = include_str!("../../../docs/switching.md");
     let section =
         page.split("\n## ").find(|s| s.starts_with("Where the answers differ")).expect("the section");
     let listed: Vec<String> = section.split("\n- ").skip(1).map(words).collect();
