@@ -2,7 +2,8 @@
 """Times candle-norm, candle-nn and PyTorch on a GPU, interleaved in one run.
 
 Rows come from rows.tsv. For each row candle's side (worker.rs) makes random inputs and hands them,
-with its answers, to this process, which compares them with PyTorch's in f64 before anything is timed.
+with its answers, to this process, which compares them, and PyTorch's own, with PyTorch's in f64 before
+anything is timed.
 Then every contender is timed in turn, round after round, by CUDA events around a block of calls that
 walk over as many inputs as fill the L2 cache four times. Figures are medians over the rounds.
 
@@ -82,14 +83,20 @@ class Candle:
     """worker.rs in a process of its own."""
 
     def __init__(self, program, environment=None):
+        self.program, self.environment = program, os.environ | (environment or {})
+        self.row = None
+        self.start()
+
+    def start(self):
+        """A worker; after one has died, another."""
+        pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [program],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-            env=os.environ | (environment or {}),
+            [self.program], stdin=pipe, stdout=pipe, text=True, bufsize=1, env=self.environment
         )
+
+    def open(self, row, file=""):
+        self.row = json.dumps(row)
+        self.ask("open", self.row, file)
 
     def ask(self, *words):
         self.process.stdin.write("\t".join(map(str, words)) + "\n")
@@ -99,7 +106,18 @@ class Candle:
         return json.loads(answer)
 
     def time(self, contender, figure, calls):
-        return self.ask("time", contender, figure, calls).get("us")
+        """Microseconds a call; `None` where the contender has no such figure."""
+        answer = self.ask("time", contender, figure, calls)
+        if "cannot" in answer:
+            print(f"    {contender} cannot {figure}: {answer['cannot'].splitlines()[0][:100]}")
+        if answer.get("spoilt"):
+            print("    another worker goes on")
+            self.process.kill()
+            self.process.wait()
+            self.start()
+            if self.row:
+                self.ask("open", self.row, "")
+        return answer.get("us")
 
 
 class Torch:
@@ -124,7 +142,7 @@ class Torch:
             self.functions.pop(name, None)
 
     def others(self):
-        """torch.compile, and what else is installed."""
+        """torch.compile, and what else is installed: what compiles at its first call."""
         others = {}
         if self.device == "cuda":
             # Each row compiles anew. Otherwise dynamo sees one function in many shapes, and after a few
@@ -183,26 +201,35 @@ class Torch:
         leaf = lambda a: None if a is None else a.detach().requires_grad_()
         return leaf(x), leaf(self.t["weight"]), leaf(self.t.get("bias"))
 
-    def compare(self):
-        """The largest relative L2 error between candle-norm's answers and torch's."""
-        running = {k: self.t[k].clone() for k in ("running_mean", "running_var")}
-        # candle moved its running statistics after it saved them: both start from the same.
-        x, weight, bias = self.tracked(self.xs[0])
+    def answers(self, dtype=None):
+        """torch's output and gradients; of the same inputs in `dtype` where one is given."""
+        given = self.t
+        to = lambda a: None if a is None else a.to(dtype or a.dtype)
+        # Copies of the running statistics: candle moved its own after it saved them.
+        moved = {k: to(given[k]).clone() for k in ("running_mean", "running_var")}
+        self.t = {k: to(given.get(k)) for k in ("weight", "bias")} | moved
+        x, weight, bias = self.tracked(to(self.xs[0]))
         y = self.eager(x, weight, bias)
-        theirs = {"y": y.detach()}
+        self.t = given
+        answers = {"y": y.detach()}
         if self.row["norm"] != "BatchNormEval":
             leaves = {k: v for k, v in (("x", x), ("weight", weight), ("bias", bias)) if v is not None}
-            gradients = self.torch.autograd.grad(y, list(leaves.values()), self.dys[0])
-            theirs |= dict(zip(leaves, gradients))
-        self.t.update(running)
-        worst = ("y", 0.0)
-        for name, torch_answer in theirs.items():
-            expected = torch_answer.double()
-            got = self.t.pop(f"out_{name}").double().reshape(expected.shape)
-            error = ((got - expected).norm() / expected.norm()).item()
-            # Not `>`: a NaN must win.
-            if not error <= worst[1]:
-                worst = (name, error)
+            gradients = self.torch.autograd.grad(y, list(leaves.values()), to(self.dys[0]))
+            answers |= dict(zip(leaves, gradients))
+        return answers
+
+    def compare(self):
+        """The largest relative L2 error of candle-norm's answers and of torch's, against torch in f64."""
+        theirs = self.answers()
+        exact = self.answers(self.torch.float64)
+        worst = {"candle-norm": ("y", 0.0), "torch": ("y", 0.0)}
+        for name, expected in exact.items():
+            ours = self.t.pop(f"out_{name}").reshape(expected.shape)
+            for side, got in (("candle-norm", ours), ("torch", theirs[name])):
+                error = ((got.double() - expected).norm() / expected.norm()).item()
+                # Not `>`: a NaN must win.
+                if not error <= worst[side][1]:
+                    worst[side] = (name, error)
         return worst
 
     def calls(self, contender, figure):
@@ -294,7 +321,7 @@ class Torch:
 
 
 class Wrong(Exception):
-    """candle-norm's answer is not PyTorch's: nothing of the row is timed."""
+    """candle-norm's answer is not that of f64: nothing of the row is timed."""
 
 
 class Run:
@@ -302,6 +329,8 @@ class Run:
         import torch
 
         self.torch, self.options = torch, options
+        # How far the open row's answers are from those of f64.
+        self.off = {}
         self.device = "cpu" if options.dry_run else "cuda"
         if options.dry_run:
             torch.set_num_threads(1)
@@ -309,12 +338,9 @@ class Run:
         self.candle = None
         self.about = {"name": "no GPU: dry run", "l2": 2**16}
         if not options.dry_run:
-            self.start()
+            self.candle = Candle(options.worker)
+            self.about = self.candle.ask("device")
 
-    def start(self):
-        """A worker; after one has died, another."""
-        self.candle = Candle(self.options.worker)
-        self.about = self.candle.ask("device")
 
     def tensors(self, row):
         """Inputs, and candle's answers where candle runs."""
@@ -324,7 +350,7 @@ class Run:
 
             with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
                 file = os.path.join(folder, "row.safetensors")
-                self.candle.ask("open", json.dumps(row), file)
+                self.candle.open(row, file)
                 tensors = load_file(file, device="cuda")
             return tensors
         dtype = torch.bfloat16 if row["dtype"] == "bf16" else torch.float32
@@ -337,19 +363,26 @@ class Run:
         return t | {"running_mean": torch.zeros(params), "running_var": torch.ones(params)}
 
     def measure(self, row):
-        side = Torch(row, self.tensors(row), self.device, self.about["l2"], self.options.without)
+        self.off = {}
+        without = list(self.options.without)
+        if not any(word in name_of(row) for word in self.options.compile):
+            without += ["torch.compile", "Liger", "Quack"]
+        side = Torch(row, self.tensors(row), self.device, self.about["l2"], without)
         if self.candle:
-            what, error = side.compare()
-            bound = tolerance(row)
-            print(f"{name_of(row)}: largest difference to torch {error:.1e} in {what}, allowed {bound:.1e}")
+            worst = side.compare()
+            (what, error), (their_what, their_error), bound = worst["candle-norm"], worst["torch"], tolerance(row)
+            self.off = {"candle-norm off by": error, "torch off by": their_error, "allowed": bound}
+            print(f"    off f64 by {error:.1e} in {what}, torch by {their_error:.1e} in {their_what}, allowed {bound:.1e}")
             if not error <= bound:
                 raise Wrong(f"{what} is off by {error:.1e}, allowed {bound:.1e}")
         for figure in self.options.figures:
             if figure == "graph" and size_of(row) > 4_000_000:
                 continue
+            if figure in ("backward", "step") and row["norm"] == "BatchNormEval":
+                continue
             times = self.rounds(side, figure)
             if times:
-                yield self.line(row, figure, times)
+                yield self.line(row, figure, times) | self.off
 
     def rounds(self, side, figure):
         """Microseconds a call of each contender, by round."""
@@ -464,7 +497,15 @@ def arguments():
     parser.add_argument("--block-ms", type=float, default=10.0, help="how long a block of calls should take")
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--norms", nargs="+", help="norms to measure (default: all)")
-    parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out: those that compile take most of the time")
+    parser.add_argument("--without", nargs="+", default=[], help="contenders to leave out")
+    parser.add_argument(
+        "--compile",
+        nargs="*",
+        default=[""],
+        metavar="WORD",
+        help="contenders that compile at their first call, which takes most of the time, measure only the rows "
+        "whose names have one of these words (default: every row)",
+    )
     parser.add_argument("--name", help="of the files in --out: gpu, or dry-run")
     parser.add_argument("--minutes", type=float, default=8.0, help="start no row after this long")
     parser.add_argument("--dry-run", action="store_true")
@@ -504,10 +545,10 @@ def main():
                 lines.append(line | {"shape": "x".join(map(str, row["shape"])), "MB": size_of(row) / 1e6})
                 show(lines[-1])
         except Exception as error:  # recorded, and the next row is measured
-            lines.append(failure(row, error))
+            lines.append(failure(row, error) | run.off)
             print(f"    {lines[-1]['figure']}: {lines[-1]['error']}")
             if run.candle and run.candle.process.poll() is not None:
-                run.start()
+                run.candle.start()
         # Kept up to date, so that a run cut short leaves what it has.
         write_csv(options.out / f"{name}.csv", lines)
         measured = [line for line in lines if "error" not in line]

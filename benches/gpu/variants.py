@@ -58,7 +58,7 @@ def compare(row, workers, folder):
     answers = {}
     for name, worker in workers.items():
         file = os.path.join(folder, "row.safetensors")
-        worker.ask("open", json.dumps(row), file)
+        worker.open(row, file)
         answers[name] = read_safetensors(file)
     for name in list(workers)[1:]:
         worst = difference(answers["compiled"], answers[name])

@@ -27,6 +27,7 @@ type Layer<'a> = Box<dyn Fn(&Tensor) -> candle_core::Result<Tensor> + 'a>;
 
 fn main() -> Result<()> {
     let device = Device::new_cuda(0)?;
+    candle_norm::cuda::keep_memory(&device, u64::MAX)?;
     let start = Instant::now();
     candle_norm::cuda::warmup(&device)?;
     let gpu = Gpu::new(device, start.elapsed())?;
@@ -50,7 +51,8 @@ fn main() -> Result<()> {
                 let open = open.as_ref().context("no row is open")?;
                 match open.time(contender, figure, calls.parse()?) {
                     Ok(us) => json!({ "us": us }),
-                    Err(error) => json!({ "cannot": error.to_string() }),
+                    // Whoever asks starts another worker where this one can do no more.
+                    Err(error) => json!({ "cannot": error.to_string(), "spoilt": !gpu.recovers() }),
                 }
             }
             _ => bail!("unknown command {line:?}"),
@@ -96,6 +98,18 @@ impl Gpu {
 
     fn event(&self) -> Result<CudaEvent> {
         Ok(self.stream.record_event(Some(sys::CUevent_flags::CU_EVENT_DEFAULT))?)
+    }
+
+    /// Ends what a failed call has left behind, a capture and an error that cudarc reports at the next call;
+    /// whether the device still answers.
+    fn recovers(&self) -> bool {
+        let capturing = |status| status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        let _ = self.stream.context().check_err();
+        if self.stream.capture_status().is_ok_and(capturing) {
+            let _ = self.stream.end_capture(sys::CUgraphInstantiate_flags(0));
+        }
+        let _ = self.stream.context().check_err();
+        self.stream.synchronize().is_ok()
     }
 
     /// Microseconds a call, of `calls` calls enqueued one behind the other.
@@ -359,13 +373,19 @@ impl<'a> Open<'a> {
     fn graph(&self, contender: &str, calls: usize) -> Result<f64> {
         let layer = self.layer(contender, false)?;
         let x = self.detached()?;
+        // candle hands shapes and strides to its kernels in device memory. Without this, each call copies them
+        // from host memory that is gone when the graph is replayed.
+        let _kept = self.gpu.device.as_cuda_device()?.enable_cuda_graph_htod_cache();
         layer(&x[0])?;
         let stream = &self.gpu.stream;
         stream.synchronize()?;
         stream.begin_capture(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)?;
         let recorded = (0..GRAPH_CALLS).try_for_each(|i| layer(&x[i % x.len()]).map(drop));
+        // An error that a freed tensor left would keep the capture from being ended.
+        let freed = stream.context().check_err();
         let graph = stream.end_capture(sys::CUgraphInstantiate_flags(0));
         recorded?;
+        freed?;
         let graph = graph?.context("nothing was captured")?;
         let replays = calls.div_ceil(GRAPH_CALLS);
         Ok(self.gpu.time(replays, |_| Ok(graph.launch()?))? / GRAPH_CALLS as f64)

@@ -32,7 +32,12 @@ impl Place {
         }
         if cfg!(feature = "cuda") {
             match Device::new_cuda(0) {
-                Ok(device) => return Ok(Self { device, name: "a GPU" }),
+                Ok(device) => {
+                    // Blocks end with a synchronization, which would give the memory back.
+                    #[cfg(feature = "cuda")]
+                    candle_norm::cuda::keep_memory(&device, u64::MAX)?;
+                    return Ok(Self { device, name: "a GPU" });
+                }
                 Err(error) => eprintln!("on the CPU, for want of a GPU: {error}"),
             }
         }

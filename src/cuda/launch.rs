@@ -91,6 +91,22 @@ pub(super) fn machine(device: &CudaDevice) -> Result<CudaMachine> {
     Ok(CudaMachine { device: device.clone(), stream, loaded })
 }
 
+/// Sets what the memory pool of `device` keeps when the device is synchronized; `cuda/mod.rs` says why.
+pub(super) fn keep_memory(device: &CudaDevice, mut bytes: u64) -> Result<()> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    context.bind_to_thread().context("cuda: cannot use the device from this thread")?;
+    let threshold = sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+    // SAFETY: the device is that of a living context, the pool is the device's own, which is never destroyed,
+    // and the attribute is a 64-bit number, which the driver reads before it returns.
+    let kept = unsafe {
+        result::device::get_mem_pool(context.cu_device()).and_then(|pool| {
+            result::mem_pool::set_attribute(pool, threshold, std::ptr::from_mut(&mut bytes).cast::<c_void>())
+        })
+    };
+    kept.context("cuda: cannot set what the memory pool keeps")
+}
+
 impl CudaMachine {
     /// Loads every module that this device can run, and every function of it.
     pub fn load_all(&self) -> Result<()> {
@@ -227,7 +243,8 @@ macro_rules! on_slice {
 
 impl CudaMachine {
     fn alloc<T: DeviceRepr + CudaDType>(&self, len: usize) -> Result<CudaStorage> {
-        // The driver refuses to allocate nothing; a tensor without elements gets one it never uses.
+        // One for a tensor without elements: cuMemAlloc, which cudarc calls where the device has no pools,
+        // refuses to allocate nothing, and cuMemAllocAsync answers with a null pointer.
         // SAFETY: whoever asked for the memory has every element written by a kernel before it is read
         // (contract of `Machine::allocate`); T is a plain number, any bits of which are valid.
         let slice = unsafe { self.stream.alloc::<T>(len.max(1)) }

@@ -1,4 +1,4 @@
-//! CUDA, for who wants to say when its kernels are loaded: [`warmup`].
+//! CUDA, for who wants to say when its kernels are loaded ([`warmup`]) and what memory is kept ([`keep_memory`]).
 
 // The host side of the kernels: what runs for a call, and on which machine. `plan` decides, in pure
 // arithmetic; a `Machine` runs it: a CUDA device, or the host for which a C++ compiler has compiled the
@@ -98,6 +98,32 @@ kernels!(candle_core::CudaStorage, Cuda, |x| launch::machine(&x.device)?);
 pub fn warmup(device: &candle_core::Device) -> Result<()> {
     match device {
         candle_core::Device::Cuda(device) => launch::machine(device)?.load_all(),
+        _ => Ok(()),
+    }
+}
+
+/// Has `device` keep up to `bytes` of free memory for the next tensors; does nothing for a device that is not a
+/// CUDA device.
+///
+/// candle allocates each tensor from the device's memory pool, which gives back all that is free whenever the
+/// device is synchronized, as by a training loop that reads its loss every step. The next tensors then wait
+/// for the driver to map memory anew. `u64::MAX` keeps everything, which other programs on the same GPU then
+/// lack. It holds for all that this process allocates on that GPU.
+///
+/// ```no_run
+/// # fn main() -> candle_core::Result<()> {
+/// let device = candle_core::Device::new_cuda(0)?;
+/// candle_norm::cuda::keep_memory(&device, u64::MAX)?;
+/// # Ok(())
+/// # }
+/// ```
+///
+/// # Errors
+/// The driver's, as of a device without memory pools.
+#[cfg(feature = "cuda")]
+pub fn keep_memory(device: &candle_core::Device, bytes: u64) -> Result<()> {
+    match device {
+        candle_core::Device::Cuda(device) => launch::keep_memory(device, bytes),
         _ => Ok(()),
     }
 }
