@@ -4,6 +4,7 @@ use crate::case::{Argument, Case, Layout, Norm};
 use crate::common::{bits, data, device, tensor, values};
 use crate::compare;
 use candle_core::{DType, Result, Tensor, Var};
+use candle_norm::__bench::{Kind, RecordedOp};
 
 /// One case of each function and mode; with weight, and with bias where the function takes one.
 pub fn each() -> Vec<Case> {
@@ -138,6 +139,35 @@ fn through_channels_last_and_cut_out_views() -> Result<()> {
                 let case = Case { layout, narrow_params: narrow.is_some(), ..case.clone() };
                 compare::against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));
             }
+        }
+    }
+    Ok(())
+}
+
+/// The backward by itself, which the benchmarks time, gives the graph's gradients in any memory order.
+#[test]
+fn the_op_by_itself_in_any_layout() -> Result<()> {
+    let kinds = [
+        (Norm::Batch { training: true }, Kind::Batch),
+        (Norm::Group { groups: 2 }, Kind::Groups(2)),
+        (Norm::Layer { normalized: 1 }, Kind::Layer { center: true }),
+    ];
+    for (norm, kind) in kinds {
+        let last = [0, 2, 3, 1];
+        let orders =
+            if norm == (Norm::Layer { normalized: 1 }) { vec![vec![]] } else { vec![vec![], last.into()] };
+        for order in orders {
+            let layout = Layout { order: order.clone(), ..Layout::default() };
+            let case = Case { layout, ..Case::new(norm, &[3, 4, 2, 5]) };
+            let args = case.random();
+            let (built, dy) = (case.build(&args)?, tensor(&args.dy, &case.dims, case.dtype)?);
+            let (weight, bias) = (built.weight.as_ref().expect("weight"), built.bias.as_ref().expect("bias"));
+            let grads = (case.forward(&built)? * &dy)?.sum_all()?.backward()?;
+            let graph = [&built.x, weight, bias].map(|a| bits(grads.get(&a.base).expect("a gradient")));
+            let op = RecordedOp::new(kind, &built.x.view, Some(&weight.view), Some(&bias.view), case.eps)?;
+            let alone = op.backward(&dy)?;
+            let alone: Vec<_> = alone.iter().map(|g| bits(g.as_ref().expect("a gradient"))).collect();
+            assert_eq!(alone, graph, "{norm:?} {order:?}");
         }
     }
     Ok(())

@@ -268,6 +268,8 @@ fn synchronized() -> Result<()> {
         let run = |group: Arc<LocalGroup>, wrong: bool| -> Result<Tensor> {
             let mut norm = bn()?;
             let rank = group.rank();
+            // On a GPU every thread has its own stream: what goes from one to another must be there.
+            let there = |t: Tensor| t.device().synchronize().map(|()| t);
             norm.synchronize("bn", group)?;
             let part = |t: &Tensor| t.narrow(0, 2 * rank, 2);
             let skip = if wrong && rank == 1 { part(&skip)?.narrow(2, 0, 1)? } else { part(&skip)? };
@@ -275,10 +277,11 @@ fn synchronized() -> Result<()> {
             if wrong {
                 assert!(y.is_err(), "rank {rank}");
                 assert_eq!(values(norm.running_mean()), values(&b));
-                return part(&x);
+                return there(part(&x)?);
             }
-            y
+            there(y?)
         };
+        x.device().synchronize()?;
         for wrong in [false, true] {
             let parts = LocalGroup::run(2, |group| run(group, wrong))?;
             if !wrong {

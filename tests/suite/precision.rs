@@ -199,6 +199,8 @@ fn candle_nn_is_off_at_a_mean_of_a_hundred() -> Result<()> {
     let theirs = worst(candle_nn::ops::layer_norm(&x, &weight, &bias, 1e-5))?;
     let ours = worst(candle_norm::ops::layer_norm(&x, &weight, &bias, 1e-5))?;
     println!("largest error at a mean of 100: candle-nn {theirs:.1e}, candle-norm {ours:.1e}");
-    assert!(theirs > 0.01 && ours < 1e-5, "candle-nn {theirs:e}, candle-norm {ours:e}");
+    // README.md speaks of the CPU. A GPU adds up in a tree, which loses less.
+    let as_written = common::device().is_cuda() || theirs > 0.01;
+    assert!(as_written && ours < 1e-5, "candle-nn {theirs:e}, candle-norm {ours:e}");
     Ok(())
 }
