@@ -83,12 +83,16 @@ suite() {
     shards=$(nproc)
     for ((shard = 0; shard < shards && shard < tests; shard++)); do
         # shellcheck disable=SC2046
-        bin/suite --test-threads=1 --exact $(awk "NR % $shards == $shard" "$out/suite-tests") \
+        bin/suite --test-threads=1 --show-output --exact $(awk "NR % $shards == $shard" "$out/suite-tests") \
             >"$out/suite-$shard.log" 2>&1 &
         jobs+=($!)
     done
     for shard in "${jobs[@]}"; do wait "$shard" || status=1; done
-    grep -h -A 30 '^---- ' "$out"/suite-*.log
+    for shard in "$out"/suite-*.log; do
+        sed -n '/^failures:$/,$p' "$shard" | grep -A 30 '^---- '
+    done
+    echo "suite: what candle cannot do on this device, so that tests leave it out:"
+    grep -h '^not run' "$out"/suite-*.log | sed 's/; [0-9]* calls.*//' | sort | uniq -c
     grep -h '^test result' "$out"/suite-*.log | awk '{ ok += $4; bad += $6; ignored += $8 }
         END { printf "suite: %d of %d tests passed, %d failed, %d ignored\n", ok, ok + bad, bad, ignored }'
     echo "suite: $tests tests listed, $(cat "$out"/suite-*.log | grep -c '^test .* ok$') ok"
