@@ -26,11 +26,11 @@
 #endif
 
 // Clusters of 8 blocks, the most that every device with clusters takes.
-#define NORM_CLUSTER(name, tail, kernel, vector, threads) \
-    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, tail), threads, 8) { kernel<ELEMENT, vector, 8>(p); }
-#define NORM_CLUSTERS(name, kernel, threads) \
-    NORM_CLUSTER(name, , kernel, NORM_VECTOR, threads) \
-    NORM_CLUSTER(name, _scalar, kernel, 1, threads)
-#define NORM_CLUSTERS_HALF(name, kernel, threads) \
-    NORM_CLUSTERS(name, kernel, threads) \
-    NORM_CLUSTER(name, _half, kernel, 4, threads)
+#define NORM_CLUSTER(name, tail, kernel, vector, threads, blocks) \
+    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, tail), threads, blocks, 8) { kernel<ELEMENT, vector, 8>(p); }
+#define NORM_CLUSTERS(name, kernel, threads, blocks) \
+    NORM_CLUSTER(name, , kernel, NORM_VECTOR, threads, blocks) \
+    NORM_CLUSTER(name, _scalar, kernel, 1, threads, blocks)
+#define NORM_CLUSTERS_HALF(name, kernel, threads, blocks) \
+    NORM_CLUSTERS(name, kernel, threads, blocks) \
+    NORM_CLUSTER(name, _half, kernel, 4, threads, blocks)

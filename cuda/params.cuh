@@ -87,7 +87,7 @@ __device__ inline char* shared_memory() { return reinterpret_cast<char*>(dynamic
 // Entry points differ from device functions in these words alone.
 #define NORM_ENTRY(name, threads, blocks) \
     extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
-#define NORM_CLUSTER_ENTRY(name, threads, size) \
-    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, 512 / (threads)) \
+#define NORM_CLUSTER_ENTRY(name, threads, blocks, size) \
+    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, blocks) \
         name(const __grid_constant__ Params p)
 #endif

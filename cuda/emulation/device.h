@@ -194,4 +194,4 @@ inline char* shared_memory() { return emulation::current->shared; }
     static const emulation::Registered name##_registered({#name, [](const void* p) { name(*static_cast<const Params*>(p)); }, \
                                                           threads, blocks, cluster}); \
     static void name(const Params& p)
-#define NORM_CLUSTER_ENTRY(name, threads, size) NORM_ENTRY_(name, threads, 1, size)
+#define NORM_CLUSTER_ENTRY(name, threads, blocks, size) NORM_ENTRY_(name, threads, 1, size)

@@ -116,7 +116,7 @@ NORM_ENTRY(norm_planted_left, 64, 1) {
     __syncthreads();
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_cluster, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_cluster, 64, 1, 2) {
     shared()[me()] = x(p)[me()];
     whole_barrier();
     const float v = theirs()[me()];
@@ -125,7 +125,7 @@ NORM_CLUSTER_ENTRY(norm_planted_cluster, 64, 2) {
 }
 
 // A relaxed arrival is enough to stay alive, and not enough to publish.
-NORM_CLUSTER_ENTRY(norm_planted_relaxed_leave, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_relaxed_leave, 64, 1, 2) {
     shared()[me()] = x(p)[me()];
     whole_barrier();
     const float v = theirs()[me()];
@@ -134,7 +134,7 @@ NORM_CLUSTER_ENTRY(norm_planted_relaxed_leave, 64, 2) {
     __cluster_barrier_wait();
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_relaxed_publish, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_relaxed_publish, 64, 1, 2) {
     shared()[me()] = x(p)[me()];
     __cluster_barrier_arrive_relaxed();
     __cluster_barrier_wait();
@@ -143,7 +143,7 @@ NORM_CLUSTER_ENTRY(norm_planted_relaxed_publish, 64, 2) {
     whole_barrier();
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_block_barrier_only, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_block_barrier_only, 64, 1, 2) {
     whole_barrier();
     shared()[me()] = x(p)[me()];
     __syncthreads();
@@ -152,25 +152,25 @@ NORM_CLUSTER_ENTRY(norm_planted_block_barrier_only, 64, 2) {
     whole_barrier();
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_early_leave, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_early_leave, 64, 1, 2) {
     shared()[me()] = x(p)[me()];
     whole_barrier();
     const float v = theirs()[me()];
     if (__clusterRelativeBlockRank() == 0) out(p)[me()] = v;
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_early_visit, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_early_visit, 64, 1, 2) {
     theirs()[me()] = x(p)[me()];
     whole_barrier();
     if (__clusterRelativeBlockRank() == 0) out(p)[me()] = shared()[me()];
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_no_arrival, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_no_arrival, 64, 1, 2) {
     out(p)[me()] = x(p)[me()];
     __cluster_barrier_wait();
 }
 
-NORM_CLUSTER_ENTRY(norm_planted_one_block_arrives, 64, 2) {
+NORM_CLUSTER_ENTRY(norm_planted_one_block_arrives, 64, 1, 2) {
     if (__clusterRelativeBlockRank() == 0) {
         out(p)[me()] = x(p)[me()];
         whole_barrier();
