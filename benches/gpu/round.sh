@@ -73,23 +73,39 @@ check_programs() {
     [ -n "$dry" ] || return $status
 }
 
+# Tests in one process. One that does not come back is named, and those behind it run in another process.
+shard() {
+    local log=$1 hung
+    shift
+    while [ $# -gt 0 ]; do
+        timeout --kill-after=5 150 bin/suite --test-threads=1 --show-output --exact "$@" >>"$log" 2>&1 && return 0
+        # A process that ends by itself has run all of its tests.
+        hung=$(tail -n 1 "$log" | sed -n 's/^test \([^ ]*\) \.\.\. *$/\1/p')
+        [ -n "$hung" ] || return 1
+        printf '\nsuite: %s did not come back\n' "$hung" | tee -a "$log"
+        # The tests run in this order.
+        while [ $# -gt 0 ] && [ "$1" != "$hung" ]; do shift; done
+        [ $# -eq 0 ] || shift
+    done
+    return 1
+}
+
 # In a process the tests share candle's stream and run one after the other; most of their time is the
 # host's, which computes what is expected, so that every core has a process and a share of the tests.
 suite() {
-    local tests shards shard status=0 jobs=()
+    local tests shards number log status=0 jobs=()
     cd "$here" || return 1
     bin/suite --list --format terse "$@" | sed -n 's/: test$//p' >"$out/suite-tests"
     tests=$(wc -l <"$out/suite-tests")
     shards=$(nproc)
-    for ((shard = 0; shard < shards && shard < tests; shard++)); do
+    for ((number = 0; number < shards && number < tests; number++)); do
         # shellcheck disable=SC2046
-        bin/suite --test-threads=1 --show-output --exact $(awk "NR % $shards == $shard" "$out/suite-tests") \
-            >"$out/suite-$shard.log" 2>&1 &
+        shard "$out/suite-$number.log" $(awk "NR % $shards == $number" "$out/suite-tests") &
         jobs+=($!)
     done
-    for shard in "${jobs[@]}"; do wait "$shard" || status=1; done
-    for shard in "$out"/suite-*.log; do
-        sed -n '/^failures:$/,$p' "$shard" | grep -A 30 '^---- '
+    for number in "${jobs[@]}"; do wait "$number" || status=1; done
+    for log in "$out"/suite-*.log; do
+        sed -n '/^failures:$/,$p' "$log" | grep -A 30 '^---- '
     done
     echo "suite: what candle cannot do on this device, so that tests leave it out:"
     grep -h '^not run' "$out"/suite-*.log | sed 's/; [0-9]* calls.*//' | sort | uniq -c

@@ -8,12 +8,34 @@ use std::sync::OnceLock;
 ///
 /// One per process, since candle's CUDA devices differ from each other even on the same card.
 pub fn device() -> &'static Device {
-    static DEVICE: OnceLock<Device> = OnceLock::new();
-    DEVICE.get_or_init(|| match std::env::var("CANDLE_NORM_TEST_DEVICE").as_deref() {
+    let device = DEVICE.get_or_init(|| match std::env::var("CANDLE_NORM_TEST_DEVICE").as_deref() {
         Err(_) | Ok("cpu") => Device::Cpu,
         Ok("cuda") => Device::new_cuda(0).expect("CANDLE_NORM_TEST_DEVICE=cuda, and no CUDA device"),
         Ok(other) => panic!("CANDLE_NORM_TEST_DEVICE is {other:?}, expected cpu or cuda"),
-    })
+    });
+    // Not where the thread has come to its end.
+    let _ = WAITS.try_with(|_| ());
+    device
+}
+
+static DEVICE: OnceLock<Device> = OnceLock::new();
+
+/// Waits for a thread's work on the device before the thread ends.
+///
+/// candle's stream is the calling thread's, and each test has a thread. On an H100 (driver 580) tests that end
+/// without reading a result never came back, now these, now those; tests that read one did.
+struct Waits;
+
+thread_local! {
+    static WAITS: Waits = const { Waits };
+}
+
+impl Drop for Waits {
+    fn drop(&mut self) {
+        if let Some(device) = DEVICE.get() {
+            let _ = device.synchronize();
+        }
+    }
 }
 
 /// A recorded file. Cargo sets the variable when it runs tests; a program run without cargo, on another

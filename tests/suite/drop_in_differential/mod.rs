@@ -10,7 +10,7 @@
 mod reference;
 mod sides;
 
-use crate::common::{data, sized, tensor, unit_roundoff, values, EMULATED};
+use crate::common::{data, device, sized, tensor, unit_roundoff, values, EMULATED};
 use candle_core::{DType, Result, Tensor, Var};
 use reference::{Bounds, Exact, Repeats};
 use sides::{Answer, Args, Entry, Family};
@@ -378,7 +378,7 @@ fn judge(
     let repeats = Repeats { view, x: per(&exact.x.view), weight: per(w), bias: per(b) };
     let bounds = Both {
         ours: reference::ours(&meaning.sizes, repeats, call.dtype, call.running),
-        theirs: reference::theirs(&meaning.sizes, repeats, call.dtype, call.running),
+        theirs: reference::theirs(&meaning.sizes, repeats, theirs_computes_in(call), call.running),
         exact: reference::theirs(&meaning.sizes, repeats, DType::F64, DType::F64),
     };
     let y = bounds.check("y", |b| b.y, &values(&ours.y), &values(&theirs.y), &values(&meaning.y));
@@ -395,6 +395,14 @@ fn judge(
     let sides =
         [arguments.gradients(&ours.y)?, arguments.gradients(&theirs.y)?, exact.gradients(&meaning.y)?];
     Ok(compare_gradients(&bounds, sides))
+}
+
+/// candle-nn's fused layer and RMS norm compute an f64 in f32 on a GPU.
+fn theirs_computes_in(call: &Call) -> DType {
+    match call.family {
+        Family::Last { .. } if device().is_cuda() && call.dtype == DType::F64 => DType::F32,
+        _ => call.dtype,
+    }
 }
 
 type Gradients = [Option<Vec<f64>>; 3];
