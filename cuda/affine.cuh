@@ -41,6 +41,28 @@ template <class P> struct SpanParams {
     }
 };
 
+// A weight for every `span` elements, where nobody asks for a bias.
+template <class P> struct SpanWeight {
+    const P* weight;
+    Divisor by_span;
+
+    template <int V, class A> __device__ void get(u32 e, A (&w)[V], A (&b)[V]) const {
+        OneParam<A>{element_at<P, A>(weight, by_span(e)), A(0)}.get(e, w, b);
+    }
+};
+
+// Calls f with the weights of a set whose elements have different ones, if they are of type P.
+template <class P, class F> __device__ inline bool with_weight_as(const Params& p, u64 first, F f) {
+    if (!p.weight || p.weight_dtype != DTYPE<P> || p.weight_offset != 0) return false;
+    const P* weight = static_cast<const P*>(p.weight) + first;
+    if (p.has(PER_COLUMN)) {
+        f(ColumnParams<P, false>{weight, nullptr});
+    } else {
+        f(SpanWeight<P>{weight, p.by_span});
+    }
+    return true;
+}
+
 // Calls f with the parameters of type P of a set, if it has a weight and all are of that type.
 template <class P, class F> __device__ inline bool with_params_as(const Params& p, u64 first, F f) {
     if (!p.weight || p.weight_dtype != DTYPE<P> || (p.bias && p.bias_dtype != DTYPE<P>)) return false;
@@ -128,4 +150,11 @@ template <class A, class T = float> struct Affine {
             fill(to, load_param<A, T>(from, dtype, first + (p.has(PER_SET) ? 0 : p.by_span(e))));
         }
     }
+};
+
+// The weights of any set, as those above are asked for theirs.
+template <class A, class T> struct AnyWeight {
+    const Affine<A, T>& affine;
+
+    template <int V> __device__ void get(u32 e, A (&w)[V], A (&)[V]) const { affine.weight(e, w); }
 };

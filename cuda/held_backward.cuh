@@ -43,13 +43,32 @@ template <class A> __device__ inline void to_means(const Params& p, A weight, A 
     sums[1] = sums[1] * weight / A(p.count);
 }
 
-// dx of a held set or chunk. `weight` is the one that the whole set shares.
+// dx of a held set or chunk where nothing is fused and `params` knows the weights, the one that the whole set shares
+// included.
+template <bool CONTIGUOUS, class T, int V, int C, class Where, class A, class P>
+__device__ inline void put_plain_gradient(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats,
+                                          const A (&sums)[2], const T* held, const T* dheld, const P& params) {
+    T* out = static_cast<T*>(p.out) + at.base + (CONTIGUOUS ? at.offset(p, 0) + u64(slice.first) * V : 0);
+#pragma unroll 2
+    for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
+        const u32 e = (slice.first + unit) * V;
+        A values[V], d[V], w[V], none[V];
+        params.get(at.column(e), w, none);
+        load<T, V>(held + unit * V, values);
+        load<T, V>(dheld + unit * V, d);
+#pragma unroll
+        for (int v = 0; v < V; ++v) values[v] = input_gradient(stats, values[v], d[v] * w[v], sums);
+        store_global<T, V>(out + (CONTIGUOUS ? u64(unit) * V : at.offset(p, e)), values);
+    }
+}
+
+// The same whatever it is. `weight` is the one that the whole set shares.
 template <class T, int V, int C, class Where, class A>
-__device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, A weight,
+__device__ inline void put_any_gradient(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, A weight,
                                           const A (&sums)[2], const T* held, const HeldGradient<T, V>& dheld) {
     const Affine<A, T> affine(p, at.first_param);
     T* out = static_cast<T*>(p.out) + at.base;
-#pragma unroll 2
+#pragma unroll 1
     for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
         const u32 e = (slice.first + unit) * V;
         A values[V] = {}, d[V], w[V];
@@ -70,15 +89,40 @@ __device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& sl
     }
 }
 
-// Adds up what the groups of a block have in the same columns, group after group; the last one has
-// the total.
+template <class T, int V, int C, class Where, class A>
+__device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, A weight,
+                                          const A (&sums)[2], const T* held, const HeldGradient<T, V>& dheld) {
+    const auto plain = [&](const auto& params) { put_plain_gradient<true>(p, slice, at, stats, sums, held, dheld.at, params); };
+    const bool known = !p.has(FUSED) && !p.has(FIXED);
+    if (known && p.has(PER_SET)) {
+        const OneParam<A> params{weight, A(0)};
+        if (at.contiguous(p)) return plain(params);
+        return put_plain_gradient<false>(p, slice, at, stats, sums, held, dheld.at, params);
+    }
+    if (known && at.contiguous(p)) {
+        if (with_weight_as<T>(p, at.first_param, plain)) return;
+        if constexpr (sizeof(T) == 2) {
+            if (with_weight_as<float>(p, at.first_param, plain)) return;
+        }
+    }
+    put_any_gradient(p, slice, at, stats, weight, sums, held, dheld);
+}
+
+// Adds up what the groups of a block have in the same columns, within warps and then warp after warp; the last
+// group has the total. Groups are of at most a warp where a block has several.
 template <class A, int K>
 __device__ inline void add_groups(A (&values)[K], A* shared, u32 lanes) {
-    const u32 mine = threadIdx.x / lanes, groups = blockDim.x / lanes;
+#pragma unroll 1
+    for (u32 o = lanes; o < 32; o *= 2) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) values[k] += __shfl_xor_sync(FULL, values[k], o);
+    }
+    const u32 warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    const bool last_of_warp = threadIdx.x % 32 + lanes >= 32;
     A* slot = shared + threadIdx.x % lanes;
-    for (u32 turn = 0; turn < groups; ++turn) {
+    for (u32 turn = 0; turn < warps; ++turn) {
         __syncthreads();
-        if (mine != turn) continue;
+        if (warp != turn || !last_of_warp) continue;
 #pragma unroll
         for (int k = 0; k < K; ++k) {
             if (turn > 0) values[k] += slot[k * lanes];
@@ -135,15 +179,24 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     char* memory = shared_memory() + Group<A, C>::BYTES;
     const auto x_of = [&](u32 stage) { return reinterpret_cast<T*>(memory + (mine * p.stages + stage) * both); };
     const auto dy_of = [&](u32 stage) { return HeldGradient<T, V>(p, memory + (mine * p.stages + stage) * both + room); };
-    const auto place = [&](u64 item) {
-        const u64 in_block = work.in_block(p), base = item * p.width + in_block;
+    // Rows of the worker are numbered from 0; this group has every `per_block`-th.
+    const u32 rows = work.last > work.first ? u32(work.last - work.first) : 0;
+    const auto place = [&](u32 row) {
+        const u64 item = work.first + row, in_block = work.in_block(p), base = item * p.width + in_block;
         return Row{base, p.has(BLOCKS) ? block_start(p, item) + in_block : base, work.first_param(p)};
     };
-    const auto ask = [&](u64 item, u32 stage) {
-        if (item + mine < work.last) {
-            const Row at = place(item + mine);
-            hold_async(p, slice, at, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
-            dy_of(stage).ask(p, slice, at);
+    KeptStats<A> ahead_stats = {};
+    const auto ask = [&](u32 row, u32 stage) {
+        if (row < rows) {
+            const Row at = place(row);
+            if constexpr (V > 1) {
+                hold_few<N>(slice, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
+                dy_of(stage).template ask_few<N>(p, slice, at.base);
+            } else {
+                hold_async(p, slice, at, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
+                dy_of(stage).ask(p, slice, at);
+            }
+            ahead_stats = KeptStats<A>(p, (work.first + row) * p.sets_per_outer + work.line);
         }
         copies_batch();
     };
@@ -169,22 +222,19 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     }
     const A inverse = A(1) / A(p.count);
     u32 stage = 0;
-    ask(work.first, stage);
-    for (u64 item = work.first; item < work.last; item += per_block, stage ^= p.stages > 1) {
-        const bool ahead = p.stages > 1, active = item + mine < work.last;
-        if (ahead) {
-            ask(item + per_block, stage ^ 1);
-        } else if (item != work.first) {
-            ask(item, stage);
-        }
-        const u64 now = active ? item + mine : item;
-        const Row at = place(now);
-        const Stats<A> stats = load_stats<A>(p, now * p.sets_per_outer + work.line);
-        if (ahead) {
+    ask(mine, stage);
+    for (u32 row = mine; row - mine < rows; row += per_block, stage ^= p.stages > 1) {
+        const bool active = row < rows;
+        const Row at = place(active ? row : 0);
+        // Loaded a row ahead: two trips to memory, one behind the other, would be most of a row's time.
+        const KeptStats<A> kept = ahead_stats;
+        if (p.stages > 1) {
+            ask(row + per_block, stage ^ 1);
             copies_done<1>();
         } else {
             copies_done();
         }
+        const Stats<A> stats = kept.get(p);
         const T* x = x_of(stage);
         const HeldGradient<T, V> dy = dy_of(stage);
         if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, x, dy);
@@ -206,22 +256,24 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
                 dbias[k * V + v] += d[v];
             }
         }
-        if (!p.out) continue;
-        group.sum(sums);
-        const A mean = p.has(CENTER) ? sums[0] * inverse * stats.rstd : A(0), slope = sums[1] * inverse * stats.rstd;
-        T* out = static_cast<T*>(p.out) + at.base;
+        if (p.out) {
+            group.sum(sums);
+            const A mean = p.has(CENTER) ? sums[0] * inverse * stats.rstd : A(0), slope = sums[1] * inverse * stats.rstd;
+            T* out = static_cast<T*>(p.out) + at.base + u64(slice.first + slice.lane) * V;
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const u32 unit = slice.lane + k * slice.lanes;
-            if (unit >= slice.units || !active) continue;
-            A values[V], d[V], w[V];
-            load<T, V>(x + unit * V, values);
-            dy.get(unit * V, d);
-            weight_of(k, true, w);
+            for (int k = 0; k < N; ++k) {
+                const u32 unit = slice.lane + k * slice.lanes;
+                if (unit >= slice.units || !active) continue;
+                A values[V], d[V], w[V];
+                load<T, V>(x + unit * V, values);
+                dy.get(unit * V, d);
+                weight_of(k, true, w);
 #pragma unroll
-            for (int v = 0; v < V; ++v) values[v] = (d[v] * w[v] * stats.rstd - mean) - stats(values[v]) * slope;
-            store_global<T, V>(out + u64(slice.first + unit) * V, values);
+                for (int v = 0; v < V; ++v) values[v] = (d[v] * w[v] * stats.rstd - mean) - stats(values[v]) * slope;
+                store_global<T, V>(out + k * slice.lanes * V, values);
+            }
         }
+        if (p.stages == 1) ask(row + per_block, 0);
     }
     if (p.has(WANT_PARAMS)) {
         if (per_block > 1) {
@@ -303,6 +355,25 @@ __device__ inline void segment_sums(const Params& p, const Segments& segments, c
     }
 }
 
+// Adds up dy * weight and dy * weight * xhat over a held set.
+template <class T, int V, int C, class A, class P>
+__device__ inline void add_gradients(const Slice<V, C>& slice, const Stats<A>& stats, const T* held, const HeldGradient<T, V>& dheld,
+                                     const P& params, A (&sums)[2]) {
+#pragma unroll 2
+    for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
+        A values[V], d[V], w[V], none[V];
+        params.get((slice.first + unit) * V, w, none);
+        load<T, V>(held + unit * V, values);
+        dheld.get(unit * V, d);
+#pragma unroll
+        for (int v = 0; v < V; ++v) {
+            const A g = d[v] * w[v];
+            sums[0] += g;
+            sums[1] += g * stats(values[v]);
+        }
+    }
+}
+
 template <class T, int V, int C> __device__ void backward_sets(const Params& p) {
     using A = typename Accumulator<T>::type;
     Group<A, C> group(p.lanes, shared_memory());
@@ -328,19 +399,10 @@ template <class T, int V, int C> __device__ void backward_sets(const Params& p) 
         if (by_segment) {
             __syncthreads();
             segment_sums<T, V, C>(p, Segments(p, slice.first * V, slice.units * V), at, held, dheld, stats, parts, sums);
+        } else if (p.has(PER_SET)) {
+            add_gradients(slice, stats, held, dheld, OneParam<A>{A(1), A(0)}, sums);
         } else {
-#pragma unroll 2
-            for (u32 unit = slice.lane; unit < slice.units; unit += slice.lanes) {
-                A values[V], d[V], w[V];
-                load<T, V>(held + unit * V, values);
-                dheld.get(unit * V, d);
-                affine.varying_weight((slice.first + unit) * V, w);
-#pragma unroll
-                for (int v = 0; v < V; ++v) {
-                    sums[0] += d[v] * w[v];
-                    sums[1] += d[v] * w[v] * stats(values[v]);
-                }
-            }
+            add_gradients(slice, stats, held, dheld, AnyWeight<A, T>{affine}, sums);
         }
         group.sum(sums);
         if (p.has(PER_SET) && p.has(WANT_PARAMS) && active && group.first()) {

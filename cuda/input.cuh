@@ -63,6 +63,18 @@ __device__ inline void hold_async(const Params& p, const Slice<V, C>& slice, con
     }
 }
 
+// The same for neighbours of which a thread has N units at most: no loop, and an address is a sum.
+template <int N, class T, int V, int C>
+__device__ inline void hold_few(const Slice<V, C>& slice, const T* from, T* held, u32 step = 1) {
+    from += u64(slice.first + slice.lane) * V;
+    held += slice.lane * V * step;
+#pragma unroll
+    for (int k = 0; k < N + int(BEYOND); ++k) {
+        const u32 at = k * slice.lanes;
+        if (slice.lane + at < slice.units + BEYOND) copy_async<Pack<T, V>::BYTES>(held + at * V * step, from + at * V);
+    }
+}
+
 // x where it lies for kernels after the first that touches it.
 template <class T, class Where> __device__ inline const T* input_of(const Params& p, const Where& at) {
     return p.residual ? static_cast<const T*>(p.sum) + at.base : static_cast<const T*>(p.x) + at.x_base;
@@ -105,6 +117,9 @@ template <class T, int V> struct HeldGradient {
 
     template <int C, class Where> __device__ void ask(const Params& p, const Slice<V, C>& slice, const Where& where) const {
         hold_async(p, slice, where, static_cast<const T*>(p.dy) + where.base, at, step);
+    }
+    template <int N, int C> __device__ void ask_few(const Params& p, const Slice<V, C>& slice, u64 base) const {
+        hold_few<N>(slice, static_cast<const T*>(p.dy) + base, at, step);
     }
     // dy of the pack at element e.
     __device__ void get_raw(u32 e, A (&d)[V]) const { ::load<T, V>(at + e * step, d); }

@@ -56,10 +56,19 @@ template <class A> struct Stats {
     __device__ A operator()(A x) const { return (x - mean) * rstd + shift; }
 };
 
-template <class A> __device__ inline Stats<A> load_stats(const Params& p, u64 set) {
-    const A* stats = static_cast<const A*>(p.stats);
-    return {stats[set], stats[p.sets + set], inverse_sqrt(stats[2 * p.sets + set] + A(p.eps))};
-}
+// A set's statistics as an earlier launch has left them: asked for at once, worked out when they are needed.
+template <class A> struct KeptStats {
+    A mean, low, var;
+
+    KeptStats() = default;
+    __device__ KeptStats(const Params& p, u64 set) {
+        const A* stats = static_cast<const A*>(p.stats) + set;
+        mean = load_constant(stats), low = load_constant(stats + p.sets), var = load_constant(stats + 2 * p.sets);
+    }
+    __device__ Stats<A> get(const Params& p) const { return {mean, low, inverse_sqrt(var + A(p.eps))}; }
+};
+
+template <class A> __device__ inline Stats<A> load_stats(const Params& p, u64 set) { return KeptStats<A>(p, set).get(p); }
 
 // Statistics for a forward: the given ones, whatever their dtype, or those that an earlier kernel wrote.
 // `writer` is true in one thread of the set: it copies given ones where the backward wants them.

@@ -135,7 +135,7 @@ template <class T, int V> __device__ void split_sums(const Params& p) {
     const u64 total = p.outer * p.part_width;
     if (p.has(FIXED) && p.out) {
         const A none[2] = {};
-        put_input_gradient(p, held.slice, chunk, held.stats, Affine<A>(p, chunk.first_param).shared_weight(), none, held.x, held.dy);
+        put_any_gradient(p, held.slice, chunk, held.stats, Affine<A>(p, chunk.first_param).shared_weight(), none, held.x, held.dy);
     }
     if (p.has(PER_SET) || p.pieces > 1) {
         A sums[2] = {};

@@ -9,6 +9,8 @@ use candle_core::Result;
 /// Threads of split kernels.
 pub(crate) const BLOCK: usize = 256;
 pub(crate) const COLUMNS_BLOCK: usize = 128;
+/// Accesses of one of them to x, if a chunk is long enough: what it does once for a chunk is as much as eight cost.
+const ACCESSES: usize = 8;
 /// Bytes of x in a chunk of the forward, and of x or dy in one of the backward: six and more blocks
 /// share a multiprocessor.
 const FORWARD_BYTES: usize = 32 << 10;
@@ -38,7 +40,8 @@ impl Builder<'_> {
     /// A block for every chunk of x, and `with_dy` of dy.
     fn launch_split(&mut self, kernel: Kernel, access: Access, with_dy: bool) -> Result<()> {
         let len = self.schedule.chunk_len as usize;
-        let block = (len / self.unit(access)).next_power_of_two().clamp(32, BLOCK);
+        let units = (len / self.unit(access)).div_ceil(ACCESSES);
+        let block = units.next_power_of_two().clamp(32, BLOCK);
         let grid = self.g.sets() * self.schedule.chunks as usize;
         let shared = self.slots() + if with_dy { self.held_both(len) } else { self.held_bytes(len) };
         self.launch(kernel, access, grid, block, shared)
