@@ -76,6 +76,8 @@ class Thread:
         # Bytes of global memory: read, written, and under way at once at most.
         self.read = self.written = self.flying = self.most = 0
         self.pending, self.groups, self.unknown = {}, [0], set()
+        # What lies in local memory, by address: registers that were spilled.
+        self.local = {}
 
     # Values.
 
@@ -456,11 +458,19 @@ class Thread:
         if o and o[0].kind == "pred":
             self.put_pred(o[0], True)
 
+    def op_stl(self, o, parts):
+        count = 2 if "64" in parts else 1
+        self.local[local_address(o[0])] = [self.raw(o[1], i) for i in range(count)]
+
+    def op_ldl(self, o, parts):
+        for i, value in enumerate(self.local.get(local_address(o[1]), [None, None])):
+            self.reg[next_register(o[0].at, i)] = value
+
     def op_ldg(self, o, parts):
         for i in range(4 if "128" in parts else 2 if "64" in parts else 1):
             self.reg[next_register(o[0].at, i)] = None
 
-    op_lds = op_ld = op_ldl = op_ldg
+    op_lds = op_ld = op_ldg
 
 
 UNIFORM = {
@@ -471,6 +481,10 @@ SILENT = {
     "STG", "STS", "STL", "ST", "LDGSTS", "LDGDEPBAR", "DEPBAR", "BAR", "BSSY", "BSYNC", "NOP", "WARPSYNC", "MEMBAR", "ERRBAR",
     "CCTL", "UCGABAR_ARV", "UCGABAR_WAIT", "ENDCOLLECTIVE", "YIELD", "STAS", "FENCE", "BREAK", "BMOV", "NANOSLEEP", "ARRIVES",
 }
+
+
+def local_address(operand):
+    return re.match(r"\[[^]]*\]", operand.at)[0]
 
 
 def both(v):

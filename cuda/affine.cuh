@@ -7,6 +7,7 @@
 
 // One parameter for all.
 template <class A> struct OneParam {
+    static constexpr bool USUAL = true; // worth a copy of the loop for every pack of a thread
     A weight, bias;
 
     template <int V> __device__ void get(u32, A (&w)[V], A (&b)[V]) const {
@@ -15,8 +16,34 @@ template <class A> struct OneParam {
     }
 };
 
-// A parameter of type P for every element, from that of element 0 on.
-template <class P, bool BIAS> struct ColumnParams {
+// A parameter of x's type T, or of f32.
+template <class A, class T> __device__ inline A plain_at(const void* from, u32 dtype, u64 i) {
+    return sizeof(T) != 2 || dtype == DTYPE<T> ? element_at<T, A>(from, i) : element_at<float, A>(from, i);
+}
+
+template <class A, class T> __device__ inline OneParam<A> plain_param(const Params& p, u64 param) {
+    return {p.weight ? plain_at<A, T>(p.weight, p.weight_dtype, param) : A(1), p.bias ? plain_at<A, T>(p.bias, p.bias_dtype, param) : A(0)};
+}
+
+// Asks for the line of a set's own parameter.
+template <class T> __device__ inline void ask_param(const Params& p, u64 param) {
+    const auto line = [&](const void* params, u32 dtype) {
+        if (params) prefetch(static_cast<const char*>(params) + param * (dtype == DTYPE<T> ? sizeof(T) : sizeof(float)));
+    };
+    line(p.weight, p.weight_dtype);
+    line(p.bias, p.bias_dtype);
+}
+
+// Whether `plain_param` or `with_plain_params` finds all parameters, and nothing is around the norm.
+template <class T> __device__ inline bool is_plain(const Params& p) {
+    const auto is = [&](u32 dtype) { return (!p.weight || p.weight_dtype == dtype) && (!p.bias || p.bias_dtype == dtype); };
+    const bool all = p.has(PER_SET) || (p.weight && (p.bias || p.has(PER_COLUMN)));
+    return !p.has(FUSED) && p.weight_offset == 0 && all && (is(DTYPE<T>) || (sizeof(T) == 2 && is(DTYPE<float>)));
+}
+
+// A parameter of type P for every element, from that of element 0 on. `OWN`: P is x's type.
+template <class P, bool BIAS, bool OWN> struct ColumnParams {
+    static constexpr bool USUAL = OWN;
     const P *weight, *bias;
 
     template <int V, class A> __device__ void get(u32 e, A (&w)[V], A (&b)[V]) const {
@@ -32,6 +59,7 @@ template <class P, bool BIAS> struct ColumnParams {
 
 // One for every `span` elements.
 template <class P> struct SpanParams {
+    static constexpr bool USUAL = false;
     const P *weight, *bias;
     Divisor by_span;
 
@@ -56,7 +84,7 @@ template <class P, class F> __device__ inline bool with_weight_as(const Params& 
     if (!p.weight || p.weight_dtype != DTYPE<P> || p.weight_offset != 0) return false;
     const P* weight = static_cast<const P*>(p.weight) + first;
     if (p.has(PER_COLUMN)) {
-        f(ColumnParams<P, false>{weight, nullptr});
+        f(ColumnParams<P, false, true>{weight, nullptr});
     } else {
         f(SpanWeight<P>{weight, p.by_span});
     }
@@ -64,24 +92,24 @@ template <class P, class F> __device__ inline bool with_weight_as(const Params& 
 }
 
 // Calls f with the parameters of type P of a set, if it has a weight and all are of that type.
-template <class P, class F> __device__ inline bool with_params_as(const Params& p, u64 first, F f) {
+template <class P, bool OWN, class F> __device__ inline bool with_params_as(const Params& p, u64 first, F f) {
     if (!p.weight || p.weight_dtype != DTYPE<P> || (p.bias && p.bias_dtype != DTYPE<P>)) return false;
     const P *weight = static_cast<const P*>(p.weight) + first, *bias = static_cast<const P*>(p.bias) + first;
     if (!p.has(PER_COLUMN)) {
         if (!p.bias) return false;
         f(SpanParams<P>{weight, bias, p.by_span});
     } else if (p.bias) {
-        f(ColumnParams<P, true>{weight, bias});
+        f(ColumnParams<P, true, OWN>{weight, bias});
     } else {
-        f(ColumnParams<P, false>{weight, bias});
+        f(ColumnParams<P, false, OWN>{weight, bias});
     }
     return true;
 }
 
 // The same for those that are usual: of x's type T, and f32.
 template <class T, class F> __device__ inline bool with_plain_params(const Params& p, u64 first, F f) {
-    if (with_params_as<T>(p, first, f)) return true;
-    if constexpr (sizeof(T) == 2) return with_params_as<float>(p, first, f);
+    if (with_params_as<T, true>(p, first, f)) return true;
+    if constexpr (sizeof(T) == 2) return with_params_as<float, false>(p, first, f);
     return false;
 }
 

@@ -6,6 +6,8 @@
 
 #if NORM_HAS_CLUSTERS
 NORM_CLUSTERS_HALF(forward_cluster, forward_held, 256, 4)
+NORM_CLUSTER(forward_kept_cluster, , forward_kept, NORM_VECTOR, 256, 4)
+NORM_CLUSTER(forward_kept_cluster, _half, forward_kept, 4, 256, 4)
 NORM_CLUSTER(backward_rows_cluster, , backward_rows, NORM_VECTOR, 512, 1)
 NORM_CLUSTERS_HALF(backward_sets_cluster, backward_sets, 256, 2)
 #endif

@@ -6,6 +6,7 @@
 
 #if NORM_HAS_CLUSTERS
 NORM_CLUSTERS(forward_cluster, forward_held, 256, 4)
+NORM_CLUSTER(forward_kept_cluster, , forward_kept, NORM_VECTOR, 256, 4)
 NORM_CLUSTER(backward_rows_cluster, , backward_rows, NORM_VECTOR, 512, 1)
 NORM_CLUSTERS(backward_sets_cluster, backward_sets, 256, 2)
 #endif

@@ -44,6 +44,15 @@ template <class R> __device__ inline R load_constant(const R* from) {
 #endif
 }
 
+// Ends the program: where the plan has promised what is not so.
+__device__ inline void fail() {
+#ifdef NORM_EMULATION
+    abort();
+#else
+    __trap();
+#endif
+}
+
 // Asks for the line of an address, to come into the L1 cache.
 __device__ inline void prefetch(const void* at) {
 #ifndef NORM_EMULATION
@@ -101,6 +110,18 @@ template <class T, int V> struct Pack {
     __device__ void fetch(const T* from) { raw = load_constant(reinterpret_cast<const decltype(raw)*>(from)); }
     __device__ void load(const T* from) { raw = *reinterpret_cast<const decltype(raw)*>(from); }
     __device__ void store(T* to) const { *reinterpret_cast<decltype(raw)*>(to) = raw; }
+
+    // Keeps the compiler from keeping what a walk has widened for the next one: that takes more registers than the
+    // packs, for an instruction an element.
+    __device__ void forget() {
+#ifndef NORM_EMULATION
+        if constexpr (BYTES == 16) {
+            asm volatile("" : "+r"(raw.x), "+r"(raw.y), "+r"(raw.z), "+r"(raw.w));
+        } else if constexpr (BYTES == 8) {
+            asm volatile("" : "+l"(raw));
+        }
+#endif
+    }
 
     template <class A> __device__ void get(A (&values)[V]) const {
         if constexpr (IS_BF16<T> && V % 2 == 0) {

@@ -5,5 +5,7 @@
 #include "entries.cuh"
 
 NORM_BOTH(forward_held, 512, 2, 1)
+NORM_ONE(forward_kept, , NORM_VECTOR, 256, 3, 1)
+NORM_ONE(forward_several, , NORM_VECTOR, 256, 3)
 NORM_BOTH(backward_rows, 512, 1, 1)
 NORM_BOTH(backward_sets, 512, 2, 1)

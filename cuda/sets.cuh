@@ -96,23 +96,31 @@ __device__ inline void move_running(const Params& p, u64 channel, double mean, d
     store_param(p.running_var, p.running_var_dtype, channel, keep * old_var + p.momentum * (var * (n / (n - 1))));
 }
 
-// From the moments of a whole set to its statistics. `writer` is true in one thread of the set.
-template <class A, class N>
-__device__ inline Stats<A> finish_moments(const Params& p, u64 set, Moments<A, N> m, bool writer) {
-    normalize_pair(m.mean, m.low);
-    const A var = p.set_len ? m.m2 / A(p.set_len) : A(0);
-    if (writer) {
+// What is known of a whole set from its moments.
+template <class A> struct Summary {
+    A mean, low, var;
+
+    template <class N> __device__ Summary(const Params& p, Moments<A, N> m) : mean(m.mean), low(m.low), var(p.set_len ? m.m2 / A(p.set_len) : A(0)) {
+        normalize_pair(mean, low);
+    }
+    __device__ Stats<A> stats(const Params& p) const { return {mean, low, inverse_sqrt(var + A(p.eps))}; }
+    // Keeps it for the backward, and moves the running statistics where the set is all that there is of a channel.
+    __device__ void write(const Params& p, u64 set) const {
         if (p.stats) {
             A* stats = static_cast<A*>(p.stats);
-            stats[set] = m.mean;
-            stats[p.sets + set] = m.low;
+            stats[set] = mean;
+            stats[p.sets + set] = low;
             stats[2 * p.sets + set] = var;
         }
-        if (p.running_mean && p.outer == 1) {
-            move_running(p, set, double(m.mean) + double(m.low), double(var), double(p.set_len));
-        }
+        if (p.running_mean && p.outer == 1) move_running(p, set, double(mean) + double(low), double(var), double(p.set_len));
     }
-    return {m.mean, m.low, inverse_sqrt(var + A(p.eps))};
+};
+
+// From the moments of a whole set to its statistics. `writer` is true in one thread of the set.
+template <class A, class N> __device__ inline Stats<A> finish_moments(const Params& p, u64 set, Moments<A, N> m, bool writer) {
+    const Summary<A> summary(p, m);
+    if (writer) summary.write(p, set);
+    return summary.stats(p);
 }
 
 // One copy's part of the gradients of V neighbouring parameters: `copy` of `p.copies`.

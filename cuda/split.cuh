@@ -61,17 +61,13 @@ template <class T> __device__ inline T* chunk_memory() {
     return reinterpret_cast<T*>(shared_memory() + Group<typename Accumulator<T>::type, 1>::BYTES);
 }
 
-template <class T, int V> __device__ void split_moments(const Params& p) {
-    using A = typename Accumulator<T>::type;
-    const Chunk chunk(p, blockIdx.x);
-    Group<A, 1> group(blockDim.x, shared_memory());
-    const Slice<V, 1> slice(chunk.len, blockDim.x, threadIdx.x);
-    T* held = chunk_memory<T>();
-    hold_async(p, slice, chunk, static_cast<const T*>(p.x) + chunk.x_base, held);
-    copies_batch();
-    copies_done();
-    if (p.residual) add_residual(p, slice, chunk, held);
-    const Moments<A> m = held_moments(p, group, slice, held);
+// Bytes of a thread of split_moments and split_forward, where accesses are of 8 bytes and more: FORWARD_BYTES of
+// src/cuda/plan/split.rs, for 256 threads.
+constexpr int CHUNK_BYTES = 64;
+template <class T, int V> using KeptChunk = InRegisters<T, V, 1, CHUNK_BYTES>;
+template <class T, int V> constexpr bool KEEPS_CHUNKS = Pack<T, V>::BYTES >= 8;
+
+template <class T, int V, class A> __device__ inline void put_part_moments(const Params& p, const Moments<A>& m) {
     if (threadIdx.x != 0) return;
     A* parts = static_cast<A*>(p.part_moments);
     const u64 total = p.sets * p.chunks;
@@ -80,17 +76,45 @@ template <class T, int V> __device__ void split_moments(const Params& p) {
     parts[2 * total + blockIdx.x] = m.m2;
 }
 
+template <class T, int V> __device__ void split_moments(const Params& p) {
+    using A = typename Accumulator<T>::type;
+    const Chunk chunk(p, blockIdx.x);
+    Group<A, 1> group(blockDim.x, shared_memory());
+    const Slice<V, 1> slice(chunk.len, blockDim.x, threadIdx.x);
+    const T* x = static_cast<const T*>(p.x) + chunk.x_base;
+    if constexpr (KEEPS_CHUNKS<T, V>) {
+        if (!p.residual) {
+            KeptChunk<T, V> kept(p, slice, chunk, x);
+            return put_part_moments<T, V>(p, group_moments(p, group, slice, kept));
+        }
+    }
+    InMemory<T, V, 1> held{slice, chunk_memory<T>()};
+    hold_async(p, slice, chunk, x, chunk_memory<T>());
+    copies_batch();
+    copies_done();
+    if (p.residual) add_residual(p, slice, chunk, chunk_memory<T>());
+    put_part_moments<T, V>(p, group_moments(p, group, slice, held));
+}
+
 template <class T, int V> __device__ void split_forward(const Params& p) {
     using A = typename Accumulator<T>::type;
     // From the end: what the first pass has read last may still be in the L2 cache.
     const Chunk chunk(p, gridDim.x - 1 - blockIdx.x);
     const Slice<V, 1> slice(chunk.len, blockDim.x, threadIdx.x);
-    T* held = chunk_memory<T>();
-    hold_async(p, slice, chunk, input_of<T>(p, chunk), held);
+    const bool writer = chunk.index == 0 && threadIdx.x == 0;
+    if constexpr (KEEPS_CHUNKS<T, V>) {
+        if (is_plain<T>(p)) {
+            KeptChunk<T, V> kept(p, slice, chunk, input_of<T>(p, chunk));
+            const OneParam<A> one = p.has(PER_SET) ? plain_param<A, T>(p, chunk.first_param) : OneParam<A>{1, 0};
+            return put_kept_output<T, V>(p, chunk, forward_stats<A>(p, chunk.set, writer), kept, one);
+        }
+    }
+    InMemory<T, V, 1> held{slice, chunk_memory<T>()};
+    hold_async(p, slice, chunk, input_of<T>(p, chunk), chunk_memory<T>());
     copies_batch();
-    const Stats<A> stats = forward_stats<A>(p, chunk.set, chunk.index == 0 && threadIdx.x == 0);
+    const Stats<A> stats = forward_stats<A>(p, chunk.set, writer);
     copies_done();
-    put_output(p, slice, chunk, stats, held);
+    put_output<T, V>(p, chunk, stats, held);
 }
 
 // A chunk of x and of dy, and what every pass of the backward does with them first.

@@ -58,6 +58,10 @@ pub(crate) enum Kernel {
     ForwardHeld,
     /// The same over a cluster of 8 blocks.
     ForwardCluster,
+    /// Both, of sets that the registers hold; and of several small ones in a block.
+    ForwardKept,
+    ForwardKeptCluster,
+    ForwardSeveral,
     /// Gradients of sets held on chip whose columns all have their own parameter.
     BackwardRows,
     BackwardRowsCluster,
@@ -184,10 +188,17 @@ table! {
     }
     "rows" ["f16" F16 "bf16" BF16] {
         ForwardHeld "forward_held" half
+        ForwardKept "forward_kept" half
+        ForwardSeveral "forward_several" half
         BackwardRows "backward_rows" half
         BackwardSets "backward_sets" half
     }
+    "rows" ["f32" F32 "f16" F16 "bf16" BF16] {
+        ForwardKept "forward_kept" vector
+        ForwardSeveral "forward_several" vector
+    }
     "cluster" ["f32" F32 "f16" F16 "bf16" BF16] {
+        ForwardKeptCluster "forward_kept_cluster" vector
         ForwardCluster "forward_cluster" vector
         ForwardCluster "forward_cluster" scalar
         BackwardRowsCluster "backward_rows_cluster" vector
@@ -196,6 +207,7 @@ table! {
     }
     "cluster" ["f16" F16 "bf16" BF16] {
         ForwardCluster "forward_cluster" half
+        ForwardKeptCluster "forward_kept_cluster" half
         BackwardSetsCluster "backward_sets_cluster" half
     }
     "split" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {

@@ -198,6 +198,10 @@ impl Bound {
             eps: norm.eps,
             align: 1 << bits.trailing_zeros(),
             params_aligned: (at.weight | at.bias).is_multiple_of(16),
+            params_plain: [self.element, Element::F32].into_iter().any(|element| {
+                let is = |address, dtype| address == 0 || dtype == element.code();
+                is(at.weight, at.weight_dtype) && is(at.bias, at.bias_dtype)
+            }),
             weight: at.weight != 0,
             bias: at.bias != 0,
             fusion: norm.fusion,

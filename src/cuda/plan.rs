@@ -8,7 +8,7 @@
 mod columns;
 pub(super) mod held;
 mod residency;
-mod split;
+pub(super) mod split;
 #[cfg(test)]
 mod tests;
 
@@ -28,7 +28,8 @@ pub(super) fn bounds(kernel: Kernel) -> (usize, usize) {
     use Kernel::*;
     match kernel {
         ForwardHeld | BackwardRows | BackwardSets => (held::MAX_BLOCK, 1),
-        ForwardCluster | BackwardSetsCluster => (held::CLUSTER_BLOCK, held::CLUSTER),
+        ForwardKept | ForwardSeveral => (held::KEPT_BLOCK, 1),
+        ForwardCluster | ForwardKeptCluster | BackwardSetsCluster => (held::CLUSTER_BLOCK, held::CLUSTER),
         BackwardRowsCluster => (held::MAX_BLOCK, held::CLUSTER),
         SplitColumnSums => (split::COLUMNS_BLOCK, 1),
         SplitMoments | SplitForward | SplitSums | SplitBackward => (split::BLOCK, 1),
@@ -75,6 +76,8 @@ pub(crate) struct Request {
     pub align: usize,
     /// Weight and bias start at multiples of 16 bytes.
     pub params_aligned: bool,
+    /// Those that there are have x's dtype, or all f32.
+    pub params_plain: bool,
     pub weight: bool,
     pub bias: bool,
     pub fusion: Fusion,

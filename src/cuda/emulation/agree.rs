@@ -7,7 +7,7 @@ use super::{find, Emulated};
 use crate::cuda::entry::{Element, Entry};
 use crate::cuda::machine::Machine;
 use crate::cuda::params::{flags, Arguments, Divisor, Params, Schedule, Shape};
-use crate::cuda::plan::{activation_code, bounds, held, Launch};
+use crate::cuda::plan::{activation_code, bounds, held, split, Launch};
 use crate::fusion::Activation;
 use half::{bf16, f16};
 use std::collections::BTreeMap;
@@ -110,6 +110,8 @@ fn of_rust() -> Facts {
     }
     facts.insert("threads of a group".into(), (held::MAX_BLOCK as u64, 0));
     facts.insert("blocks of a cluster".into(), (held::CLUSTER as u64, 0));
+    facts.insert("bytes that a thread keeps".into(), (held::KEPT_BYTES as u64, 0));
+    facts.insert("bytes of a chunk".into(), (split::FORWARD_BYTES as u64, 0));
     facts.extend(activations.map(|(name, of)| (name.into(), (activation_code(of).0.into(), 0))));
     facts
 }

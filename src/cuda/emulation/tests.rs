@@ -386,6 +386,8 @@ pub(super) fn ladder(dtype: DType) -> Vec<(DeviceProperties, Geometry, usize)> {
             (small(70), batch(3, 2, 9 * per + 4), 0),
             (small(90), batch(4, 2, 9 * per + 4), 0),
             (sm90, rms(rows(1, 66 * per)), 0),
+            (sm80, rows(2, 4 * per + 4), 0),
+            (sm90, rows(1, 130 * per + 4), 0),
         ]);
     }
     all

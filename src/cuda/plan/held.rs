@@ -21,6 +21,10 @@ const SEVERAL_BLOCK: usize = 256;
 const ALONE_BYTES: usize = 96 << 10;
 /// Blocks of a cluster.
 pub(crate) const CLUSTER: usize = 8;
+/// Bytes of a thread that `forward_kept` and `forward_several` have registers for (`KEPT`).
+pub(crate) const KEPT_BYTES: usize = 128;
+/// Threads of its widest blocks.
+pub(crate) const KEPT_BLOCK: usize = 256;
 
 /// Elements of x, and of dy, that a thread of `backward_rows` has (`BACKWARD_ELEMENTS`).
 pub(crate) fn backward_elements(element: Element) -> usize {
@@ -111,12 +115,19 @@ impl Builder<'_> {
         self.schedule.by_seg = Divisor::new(segs.len);
     }
 
-    /// The smallest place for a set. `bytes` tells what a slice takes of shared memory.
-    fn place(&self, access: Access, several: bool, bytes: impl Fn(usize) -> usize) -> Option<Held> {
+    /// The smallest place for a set: where there are clusters, in a block alone up to `alone` bytes. `bytes` tells what
+    /// a slice takes of shared memory.
+    fn place(
+        &self,
+        access: Access,
+        several: bool,
+        alone: usize,
+        bytes: impl Fn(usize) -> usize,
+    ) -> Option<Held> {
         let unit = self.unit(access);
         let limit = self.device.shared as usize - self.slots();
         let clusters: &[(usize, usize)] = match self.has_clusters() {
-            true => &[(1, ALONE_BYTES), (CLUSTER, usize::MAX)],
+            true => &[(1, alone), (CLUSTER, usize::MAX)],
             false => &[(1, usize::MAX)],
         };
         clusters.iter().find_map(|&(cluster, most)| {
@@ -136,6 +147,46 @@ impl Builder<'_> {
         (slice * self.r.element.bytes()).div_ceil(THREAD_BYTES).next_power_of_two()
     }
 
+    /// Whether registers may hold sets for the forward: in packs, with nothing around the norm and parameters that are
+    /// loaded without a call. Bits do not depend on it.
+    fn may_keep(&self, access: Access) -> bool {
+        let r = self.r;
+        let plain = match self.affinity {
+            Affinity::Set => true,
+            Affinity::Column => r.weight,
+            _ => r.weight && r.bias,
+        };
+        (self.g.rows == 1 || self.affinity == Affinity::Set)
+            && !(access == Access::Scalar || r.element == Element::F64)
+            && !(r.is_fused() || r.residual || r.fusion.weight_offset != 0.0)
+            && plain
+            && r.params_plain
+            && self.g.sets() <= i32::MAX as usize / CLUSTER
+    }
+
+    /// Whether a set's share of a thread fits its registers.
+    fn is_kept(&self, access: Access, held: &Held) -> bool {
+        let unit = self.unit(access);
+        self.may_keep(access)
+            && held.block <= KEPT_BLOCK
+            && (held.slice / unit).div_ceil(held.lanes) * unit * self.r.element.bytes() <= KEPT_BYTES
+    }
+
+    /// Launches a block, or a cluster, for every set. Where a block has several, as many blocks as are resident at once:
+    /// the next sets are on their way while these are worked on.
+    fn launch_kept(&mut self, access: Access, held: Held) -> Result<()> {
+        if held.sets_per_block() == 1 {
+            let held = Held { shared: self.slots(), ..held };
+            return self.launch_held((Kernel::ForwardKept, Kernel::ForwardKeptCluster), access, held);
+        }
+        let kernel = Kernel::ForwardSeveral;
+        let resident = residency::resident(self.entry(kernel, access)?, self.device, held.block, held.shared);
+        let most = resident * self.device.multiprocessors as usize;
+        let blocks = self.g.sets().div_ceil(held.sets_per_block()).min(most);
+        self.schedule.lanes = held.lanes as u32;
+        self.launch(kernel, access, blocks, held.block, held.shared)
+    }
+
     /// Launches a block, or a cluster, for every set or every few sets: while one loads, others that share
     /// the multiprocessor compute and store, and the device balances them.
     fn launch_held(&mut self, (alone, cluster): (Kernel, Kernel), access: Access, held: Held) -> Result<()> {
@@ -150,11 +201,15 @@ impl Builder<'_> {
 pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
     let access = b.access(b.g.run);
     b.set_segments(b.runs());
-    let held = b.place(access, true, |slice| b.held_bytes(slice));
+    let alone = if b.may_keep(access) { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
+    let held = b.place(access, true, alone, |slice| b.held_bytes(slice));
     let Some(held) = held.filter(|_| !needs.given) else {
         return split::forward(b, needs);
     };
-    b.launch_held((Kernel::ForwardHeld, Kernel::ForwardCluster), access, held)?;
+    match b.is_kept(access, &held) {
+        true => b.launch_kept(access, held)?,
+        false => b.launch_held((Kernel::ForwardHeld, Kernel::ForwardCluster), access, held)?,
+    }
     b.passes(1 + needs.output as usize);
     Ok(false)
 }
@@ -172,7 +227,7 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
             return backward_rows(b, needs, access, rows);
         }
     }
-    let held = b.place(access, b.affinity == Affinity::Set, |slice| {
+    let held = b.place(access, b.affinity == Affinity::Set, ALONE_BYTES, |slice| {
         b.held_both(slice) + by_segment as usize * segments(b, slice, access).bytes
     });
     let Some(held) = held else {

@@ -9,11 +9,13 @@ use candle_core::Result;
 /// Threads of split kernels.
 pub(crate) const BLOCK: usize = 256;
 pub(crate) const COLUMNS_BLOCK: usize = 128;
-/// Accesses of one of them to x, if a chunk is long enough: what it does once for a chunk is as much as eight cost.
-const ACCESSES: usize = 8;
-/// Bytes of x in a chunk of the forward, and of x or dy in one of the backward: six and more blocks
-/// share a multiprocessor.
-const FORWARD_BYTES: usize = 32 << 10;
+/// Accesses of a thread to x, if a chunk is long enough: of the forward what its registers hold (`CHUNK_BYTES`), of the
+/// backward as many as what it does once for a chunk costs.
+const FORWARD_ACCESSES: usize = 4;
+const BACKWARD_ACCESSES: usize = 8;
+/// Bytes of x in a chunk of the forward (64 a thread, which registers hold: `CHUNK_BYTES`), and of x or dy in one of
+/// the backward: six and more blocks share a multiprocessor.
+pub(crate) const FORWARD_BYTES: usize = 16 << 10;
 const BACKWARD_BYTES: usize = 16 << 10;
 
 impl Builder<'_> {
@@ -40,7 +42,8 @@ impl Builder<'_> {
     /// A block for every chunk of x, and `with_dy` of dy.
     fn launch_split(&mut self, kernel: Kernel, access: Access, with_dy: bool) -> Result<()> {
         let len = self.schedule.chunk_len as usize;
-        let units = (len / self.unit(access)).div_ceil(ACCESSES);
+        let accesses = if with_dy { BACKWARD_ACCESSES } else { FORWARD_ACCESSES };
+        let units = (len / self.unit(access)).div_ceil(accesses);
         let block = units.next_power_of_two().clamp(32, BLOCK);
         let grid = self.g.sets() * self.schedule.chunks as usize;
         let shared = self.slots() + if with_dy { self.held_both(len) } else { self.held_bytes(len) };

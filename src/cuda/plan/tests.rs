@@ -46,6 +46,7 @@ fn request(geometry: Geometry, element: Element, aligned: bool) -> Request {
         eps: 1e-5,
         align: if aligned { 16 } else { 2 },
         params_aligned: true,
+        params_plain: true,
         weight: true,
         bias: true,
         fusion: Fusion::default(),
@@ -97,8 +98,11 @@ const SLOTS: u32 = 2 * (3 * 16 + 3 * 8) * 4 + 16;
 fn forward_climbs_the_ladder() {
     use Kernel::*;
     let one = |kernel, block, held: u32, cluster| (vec![(kernel, block, SLOTS + held, cluster)], 2);
+    let kept = |block, cluster| {
+        (vec![(if cluster == 1 { ForwardKept } else { ForwardKeptCluster }, block, SLOTS, cluster)], 2)
+    };
     let split = || {
-        let chunk = SLOTS + (32 << 10);
+        let chunk = SLOTS + (16 << 10);
         let combine = (CombineMoments, 256, 32 * 20, 1);
         (vec![(SplitMoments, 256, chunk, 1), combine, (SplitForward, 256, chunk, 1)], 3)
     };
@@ -111,27 +115,27 @@ fn forward_climbs_the_ladder() {
     };
     let table = [
         // Bytes of a set: 32 (of which a block has 32), 2 Ki, 4 Ki, 32 Ki.
-        (SM70, rows(1000, 16), true, one(ForwardHeld, 256, 32 * 32, 1)),
-        (SM70, rows(1000, 1024), true, one(ForwardHeld, 256, 16 * 2048, 1)),
-        (SM70, rows(1000, 2048), true, one(ForwardHeld, 256, 8 * 4096, 1)),
-        (SM80, rows(1000, 16384), true, one(ForwardHeld, 256, 32 << 10, 1)),
-        (SM90, rows(1000, 16384), true, one(ForwardHeld, 256, 32 << 10, 1)),
+        (SM70, rows(1000, 16), true, one(ForwardSeveral, 256, 32 * 32, 1)),
+        (SM70, rows(1000, 1024), true, one(ForwardSeveral, 256, 16 * 2048, 1)),
+        (SM70, rows(1000, 2048), true, one(ForwardSeveral, 256, 8 * 4096, 1)),
+        (SM80, rows(1000, 16384), true, kept(256, 1)),
+        (SM90, rows(1000, 16384), true, kept(256, 1)),
         // 64 Ki, 256 Ki, 512 Ki, 4 Mi.
         (SM70, rows(1000, 32768), true, one(ForwardHeld, 512, 64 << 10, 1)),
-        (SM90, rows(1000, 32768), true, one(ForwardHeld, 512, 64 << 10, 1)),
-        (SM90, rows(1000, 65536), true, one(ForwardCluster, 128, 16 << 10, 8)),
-        (SM90, rows(1000, 131072), true, one(ForwardCluster, 256, 32 << 10, 8)),
+        (SM90, rows(1000, 32768), true, kept(64, 8)),
+        (SM90, rows(1000, 65536), true, kept(128, 8)),
+        (SM90, rows(1000, 131072), true, kept(256, 8)),
         (SM90, rows(1000, 262144), true, one(ForwardCluster, 256, 64 << 10, 8)),
         (SM80, rows(1000, 131072), true, few_chunks()),
-        (SM90, rows(1000, 2097152), true, few_chunks()),
+        (SM90, rows(1000, 2097152), true, split()),
         // Group, instance and batch norm alike: VAE's groups, 200 KB channels.
         (SM90, group(1, 32, 4, 1 << 20), true, split()),
-        (SM90, group(16, 32, 16, 4096), true, one(ForwardCluster, 128, 16 << 10, 8)),
-        (SM90, group(16, 512, 1, 4096), true, one(ForwardHeld, 64, 8192, 1)),
-        (SM90, batch(32, 256, 3136), true, one(ForwardCluster, 256, 25088, 8)),
+        (SM90, group(16, 32, 16, 4096), true, kept(128, 8)),
+        (SM90, group(16, 512, 1, 4096), true, kept(64, 1)),
+        (SM90, batch(32, 256, 3136), true, kept(256, 8)),
         // 14x14 images have accesses of 8 bytes.
-        (SM90, batch(256, 64, 196), true, one(ForwardCluster, 128, 12544, 8)),
-        (SM90, batch(32, 64, 196), true, one(ForwardHeld, 128, 12544, 1)),
+        (SM90, batch(256, 64, 196), true, kept(128, 8)),
+        (SM90, batch(32, 64, 196), true, kept(128, 1)),
         // Scalars too.
         (SM90, rows(1000, 32767), true, one(ForwardHeld, 512, 65536, 1)),
         (SM90, rows(1000, 32768), false, one(ForwardHeld, 512, 65536, 1)),
