@@ -93,6 +93,22 @@ fn f16_near_its_largest_value_with_given_statistics() -> Result<()> {
     Ok(())
 }
 
+/// The square of a value is infinite, that of its difference from the mean is not.
+#[test]
+fn values_whose_squares_are_infinite() -> Result<()> {
+    let layouts = [vec![], vec![0, 2, 3, 1]].map(|order| Layout { order, ..Layout::default() });
+    for case in each().into_iter().filter(|case| !case.norm.fixed() && !matches!(case.norm, Norm::Rms { .. }))
+    {
+        for layout in &layouts {
+            let case = Case { dtype: DType::F32, running: None, layout: layout.clone(), ..case.clone() };
+            let mut args = case.random();
+            args.x.iter_mut().for_each(|x| *x = 3e19 + 1e15 * *x);
+            check(&case, &args)?;
+        }
+    }
+    Ok(())
+}
+
 /// `xhat` is zero and rstd is 1 / sqrt(eps): y is the bias, dx the centered gradient.
 #[test]
 fn sets_without_spread() -> Result<()> {
