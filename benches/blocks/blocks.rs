@@ -6,7 +6,7 @@ use crate::cases::inputs::Random;
 use candle_core::{DType, Device, Result, Tensor, Var, D};
 use candle_nn::{ops, rotary_emb, Module};
 
-type Forward = Box<dyn Fn(&Norms) -> Result<Outputs>>;
+pub type Forward = Box<dyn Fn(&Norms) -> Result<Outputs>>;
 
 pub struct Block {
     pub name: &'static str,
@@ -19,8 +19,11 @@ pub struct Block {
     pub corners: bool,
 }
 
-/// A block in a dtype, from the same numbers.
-pub type Make = fn(DType) -> Result<Block>;
+/// A part of a model.
+pub type Part = Box<dyn Fn(&Norms, Tensor) -> Result<Tensor>>;
+
+/// A block from the maker's numbers.
+pub type Make = fn(Maker) -> Result<Block>;
 
 pub const ALL: [(&str, Make); 4] = [
     ("Llama 3.2 1B, 128 tokens", llama),
@@ -29,20 +32,30 @@ pub const ALL: [(&str, Make); 4] = [
     ("DiT-XL/2, 2 images of 256 tokens", dit),
 ];
 
-/// Makes inputs and weights: the same numbers for each dtype.
-struct Maker {
+/// Makes inputs and weights: the same numbers for each dtype and device.
+pub struct Maker {
     random: Random,
     dtype: DType,
+    device: Device,
     vars: Vec<(String, Var)>,
 }
 
 impl Maker {
-    fn new(dtype: DType) -> Self {
-        Self { random: Random::new(14), dtype, vars: vec![] }
+    pub fn new(dtype: DType, device: &Device) -> Self {
+        Self { random: Random::new(14), dtype, device: device.clone(), vars: vec![] }
     }
 
-    fn make(&mut self, name: &str, shape: &[usize], mean: f32, std: f32) -> Result<Var> {
-        let var = Var::from_tensor(&self.random.tensor(shape, mean, std)?.to_dtype(self.dtype)?)?;
+    fn tensor(&mut self, shape: &[usize], mean: f32, std: f32) -> Result<Tensor> {
+        self.random.tensor(shape, mean, std)?.to_device(&self.device)?.to_dtype(self.dtype)
+    }
+
+    /// An input that is not trained.
+    pub fn constant(&mut self, shape: &[usize]) -> Result<Tensor> {
+        self.tensor(shape, 0.1, 1.0)
+    }
+
+    pub fn make(&mut self, name: &str, shape: &[usize], mean: f32, std: f32) -> Result<Var> {
+        let var = Var::from_tensor(&self.tensor(shape, mean, std)?)?;
         self.vars.push((name.into(), var.clone()));
         Ok(var)
     }
@@ -52,13 +65,13 @@ impl Maker {
     }
 
     /// Of a matrix or a convolution: as large as training starts with.
-    fn weight(&mut self, name: &str, shape: &[usize]) -> Result<Var> {
+    pub fn weight(&mut self, name: &str, shape: &[usize]) -> Result<Var> {
         let inputs: usize = shape[1..].iter().product();
         self.make(name, shape, 0.0, (inputs as f32).powf(-0.5))
     }
 
     /// Weight and bias of a norm.
-    fn affine(&mut self, name: &str, channels: usize) -> Result<[Var; 2]> {
+    pub fn affine(&mut self, name: &str, channels: usize) -> Result<[Var; 2]> {
         Ok([
             self.make(&format!("{name}.weight"), &[channels], 1.0, 0.2)?,
             self.make(&format!("{name}.bias"), &[channels], 0.1, 0.2)?,
@@ -66,13 +79,12 @@ impl Maker {
     }
 
     /// A batch norm's running mean and variance, which are not trained.
-    fn running(&mut self, channels: usize) -> Result<[Var; 2]> {
-        let mut of =
-            |mean, std| Var::from_tensor(&self.random.tensor(&[channels], mean, std)?.to_dtype(self.dtype)?);
+    pub fn running(&mut self, channels: usize) -> Result<[Var; 2]> {
+        let mut of = |mean, std| Var::from_tensor(&self.tensor(&[channels], mean, std)?);
         Ok([of(0.1, 0.1)?, of(1.0, 0.1)?])
     }
 
-    fn block(self, name: &'static str, longest: usize, forward: Forward) -> Block {
+    pub fn block(self, name: &'static str, longest: usize, forward: Forward) -> Block {
         Block { name, forward, vars: self.vars, longest, corners: false }
     }
 }
@@ -82,13 +94,13 @@ fn linear(n: &Norms, x: &Tensor, weight: &Var) -> Result<Tensor> {
 }
 
 /// `[batch, tokens, heads * width]` as `[batch, heads, tokens, width]`.
-fn heads(x: &Tensor, heads: usize) -> Result<Tensor> {
+pub fn heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     let (batch, tokens, width) = x.dims3()?;
     x.reshape((batch, tokens, heads, width / heads))?.transpose(1, 2)?.contiguous()
 }
 
 /// Softmax and rotary embedding are candle-nn's fused ones where no graph is wanted: those end it.
-fn attend(n: &Norms, [q, k, v]: [Tensor; 3], mask: Option<&Tensor>) -> Result<Tensor> {
+pub fn attend(n: &Norms, [q, k, v]: [Tensor; 3], mask: Option<&Tensor>) -> Result<Tensor> {
     let (batch, heads, tokens, width) = q.dims4()?;
     let scores = (q.matmul(&k.t()?)? / (width as f64).sqrt())?;
     let scores = mask.map_or(Ok(scores.clone()), |mask| scores.broadcast_add(mask))?;
@@ -100,13 +112,12 @@ fn attend(n: &Norms, [q, k, v]: [Tensor; 3], mask: Option<&Tensor>) -> Result<Te
 }
 
 /// Pre-norm: attention and MLP read the norm of the stream, whose additions come from the branches before.
-fn llama(dtype: DType) -> Result<Block> {
+fn llama(mut m: Maker) -> Result<Block> {
     const TOKENS: usize = 128;
     const WIDTH: usize = 2048;
     const HEADS: usize = 32;
     const KV_HEADS: usize = 8;
     const INNER: usize = 8192;
-    let mut m = Maker::new(dtype);
     let [branch, stream] = [m.input("branch", &[1, TOKENS, WIDTH])?, m.input("stream", &[1, TOKENS, WIDTH])?];
     let norm_1 = m.make("input_layernorm", &[WIDTH], 1.0, 0.2)?;
     let norm_2 = m.make("post_attention_layernorm", &[WIDTH], 1.0, 0.2)?;
@@ -115,8 +126,8 @@ fn llama(dtype: DType) -> Result<Block> {
     let [k, v] = [m.weight("k_proj", &[kv_width, WIDTH])?, m.weight("v_proj", &[kv_width, WIDTH])?];
     let [gate, up] = [m.weight("gate_proj", &[INNER, WIDTH])?, m.weight("up_proj", &[INNER, WIDTH])?];
     let down = m.weight("down_proj", &[WIDTH, INNER])?;
-    let (cos, sin) = angles(TOKENS, WIDTH / HEADS, dtype)?;
-    let mask = causal(TOKENS, dtype)?;
+    let (cos, sin) = angles(&m, TOKENS, WIDTH / HEADS)?;
+    let mask = causal(&m, TOKENS)?;
     let forward = move |n: &Norms| {
         let Outputs { y: x, sum } = n.at(Site::AddRms, &[n.var(&branch), n.var(&stream), n.var(&norm_1)])?;
         let rotate = |x: Tensor| match n.mode {
@@ -140,26 +151,26 @@ fn llama(dtype: DType) -> Result<Block> {
     Ok(m.block(ALL[0].0, INNER, Box::new(forward)))
 }
 
-fn angles(tokens: usize, width: usize, dtype: DType) -> Result<(Tensor, Tensor)> {
+fn angles(m: &Maker, tokens: usize, width: usize) -> Result<(Tensor, Tensor)> {
     let inverse: Vec<f32> = (0..width).step_by(2).map(|i| 5e5f32.powf(-(i as f32) / width as f32)).collect();
     let inverse = Tensor::from_vec(inverse, (1, width / 2), &Device::Cpu)?;
     let angles = Tensor::arange(0f32, tokens as f32, &Device::Cpu)?.reshape((tokens, 1))?.matmul(&inverse)?;
-    Ok((angles.cos()?.to_dtype(dtype)?, angles.sin()?.to_dtype(dtype)?))
+    let place = |t: Tensor| t.to_device(&m.device)?.to_dtype(m.dtype);
+    Ok((place(angles.cos()?)?, place(angles.sin()?)?))
 }
 
-fn causal(tokens: usize, dtype: DType) -> Result<Tensor> {
+fn causal(m: &Maker, tokens: usize) -> Result<Tensor> {
     let mask = (0..tokens * tokens).map(|i| if i % tokens > i / tokens { f32::NEG_INFINITY } else { 0.0 });
-    Tensor::from_vec(mask.collect(), (tokens, tokens), &Device::Cpu)?.to_dtype(dtype)
+    Tensor::from_vec(mask.collect(), (tokens, tokens), &m.device)?.to_dtype(m.dtype)
 }
 
 /// As `stable_diffusion/resnet.rs` of candle-transformers has it, with a time embedding.
-fn unet(dtype: DType) -> Result<Block> {
+fn unet(mut m: Maker) -> Result<Block> {
     const BATCH: usize = 2;
     const CHANNELS: usize = 320;
     const SIZE: usize = 32;
     const GROUPS: usize = 32;
     const TIME: usize = 1280;
-    let mut m = Maker::new(dtype);
     let x = m.input("x", &[BATCH, CHANNELS, SIZE, SIZE])?;
     let time = m.input("time", &[BATCH, TIME])?;
     let project = m.weight("time_emb_proj", &[CHANNELS, TIME])?;
@@ -178,12 +189,11 @@ fn unet(dtype: DType) -> Result<Block> {
 }
 
 /// Of the second stage: 512 channels, 128 inside.
-fn bottleneck(dtype: DType) -> Result<Block> {
+fn bottleneck(mut m: Maker) -> Result<Block> {
     const BATCH: usize = 8;
     const OUTER: usize = 512;
     const INNER: usize = 128;
     const SIZE: usize = 28;
-    let mut m = Maker::new(dtype);
     let x = m.input("x", &[BATCH, OUTER, SIZE, SIZE])?;
     let convolutions = [
         m.weight("conv1", &[INNER, OUTER, 1, 1])?,
@@ -208,12 +218,11 @@ fn bottleneck(dtype: DType) -> Result<Block> {
 }
 
 /// AdaLN-Zero: scale, shift and gate of attention and MLP come from the condition.
-fn dit(dtype: DType) -> Result<Block> {
+fn dit(mut m: Maker) -> Result<Block> {
     const BATCH: usize = 2;
     const TOKENS: usize = 256;
     const WIDTH: usize = 1152;
     const HEADS: usize = 16;
-    let mut m = Maker::new(dtype);
     let x = m.input("x", &[BATCH, TOKENS, WIDTH])?;
     let condition = m.input("condition", &[BATCH, WIDTH])?;
     let modulation = m.weight("adaLN_modulation", &[6 * WIDTH, WIDTH])?;

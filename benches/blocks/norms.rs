@@ -36,8 +36,16 @@ impl Way {
 pub enum Site {
     /// x, residual, weight: RMSNorm of the sum, and the sum.
     AddRms,
-    /// x, weight, bias: `silu(group_norm(x))` of so many groups.
+    /// x, weight, bias.
+    Layer,
+    /// x, residual, weight, bias: layer norm of the sum, and the sum.
+    AddLayer,
+    /// x, weight, bias: a norm of so many groups.
+    Group(usize),
+    /// The same before a SiLU.
     GroupSilu(usize),
+    /// x, weight, bias, with running mean and variance.
+    Batch(Var, Var),
     /// x, weight, bias and perhaps a skip: `relu(batch_norm(x) + skip)`, with running mean and variance.
     BatchRelu(Var, Var),
     /// x, scale, shift: `layer_norm(x) * (1 + scale) + shift`.
@@ -98,17 +106,27 @@ fn candle_nn(site: &Site, args: &[Tensor], train: bool) -> Result<Outputs> {
             }?;
             Ok(Outputs { y, sum: Some(sum) })
         }
-        (Site::GroupSilu(groups), [x, w, b]) => {
+        (Site::Layer, [x, w, b]) => candle_nn_layer_norm(x, w, b, train).map(Outputs::one),
+        (Site::AddLayer, [x, residual, w, b]) => {
+            let sum = (x + residual)?;
+            Ok(Outputs { y: candle_nn_layer_norm(&sum, w, b, train)?, sum: Some(sum) })
+        }
+        (Site::Group(groups), [x, w, b]) => {
             candle_nn::GroupNorm::new(w.clone(), b.clone(), x.dim(1)?, *groups, EPS)?
-                .forward(x)?
-                .silu()
+                .forward(x)
                 .map(Outputs::one)
         }
-        (Site::BatchRelu(mean, var), [x, w, b, skip @ ..]) => {
+        (Site::GroupSilu(groups), _) => {
+            candle_nn(&Site::Group(*groups), args, train)?.y.silu().map(Outputs::one)
+        }
+        (Site::Batch(mean, var), [x, w, b]) => {
             let (mean, var) = (mean.as_detached_tensor(), var.as_detached_tensor());
-            let y = candle_nn::BatchNorm::new(x.dim(1)?, mean, var, w.clone(), b.clone(), EPS)?
-                .forward_t(x, train)?;
-            relu(y, skip)
+            candle_nn::BatchNorm::new(x.dim(1)?, mean, var, w.clone(), b.clone(), EPS)?
+                .forward_t(x, train)
+                .map(Outputs::one)
+        }
+        (Site::BatchRelu(mean, var), [_, _, _, skip @ ..]) => {
+            relu(candle_nn(&Site::Batch(mean.clone(), var.clone()), &args[..3], train)?.y, skip)
         }
         // As `mmdit/blocks.rs` of candle-transformers has it.
         (Site::Modulate, [x, scale, shift]) => {
@@ -119,18 +137,35 @@ fn candle_nn(site: &Site, args: &[Tensor], train: bool) -> Result<Outputs> {
     }
 }
 
+/// The fused one has neither a gradient nor f64.
+fn candle_nn_layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, train: bool) -> Result<Tensor> {
+    match train || x.dtype() == DType::F64 {
+        true => candle_nn::ops::layer_norm_slow(x, weight, bias, EPS as f32),
+        false => candle_nn::ops::layer_norm(x, weight, bias, EPS as f32),
+    }
+}
+
 fn plain(site: &Site, args: &[Tensor], train: bool) -> Result<Outputs> {
     match (site, args) {
         (Site::AddRms, [x, residual, w]) => {
             let sum = (x + residual)?;
             Ok(Outputs { y: norm::rms_norm(&sum, w.dims(), Some(w), EPS)?, sum: Some(sum) })
         }
-        (Site::GroupSilu(groups), [x, w, b]) => {
-            norm::group_norm(x, *groups, Some(w), Some(b), EPS)?.silu().map(Outputs::one)
+        (Site::Layer, [x, w, b]) => norm::layer_norm(x, w.dims(), Some(w), Some(b), EPS).map(Outputs::one),
+        (Site::AddLayer, [x, residual, w, b]) => {
+            let sum = (x + residual)?;
+            Ok(Outputs { y: norm::layer_norm(&sum, w.dims(), Some(w), Some(b), EPS)?, sum: Some(sum) })
         }
-        (Site::BatchRelu(mean, var), [x, w, b, skip @ ..]) => {
-            let (mean, var) = (Some(mean), Some(var));
-            relu(norm::batch_norm(x, mean, var, Some(w), Some(b), train, MOMENTUM, EPS)?, skip)
+        (Site::Group(groups), [x, w, b]) => {
+            norm::group_norm(x, *groups, Some(w), Some(b), EPS).map(Outputs::one)
+        }
+        (Site::GroupSilu(groups), _) => plain(&Site::Group(*groups), args, train)?.y.silu().map(Outputs::one),
+        (Site::Batch(mean, var), [x, w, b]) => {
+            norm::batch_norm(x, Some(mean), Some(var), Some(w), Some(b), train, MOMENTUM, EPS)
+                .map(Outputs::one)
+        }
+        (Site::BatchRelu(mean, var), [_, _, _, skip @ ..]) => {
+            relu(plain(&Site::Batch(mean.clone(), var.clone()), &args[..3], train)?.y, skip)
         }
         (Site::Modulate, [x, scale, shift]) => {
             modulate(norm::layer_norm(x, &x.dims()[2..], None, None, EPS)?, scale, shift)
@@ -145,6 +180,12 @@ fn fused(site: &Site, args: &[Tensor], train: bool) -> Result<Outputs> {
             let both = fused::add_rms_norm(x, residual, w.dims(), Some(w), 0.0, EPS)?;
             Ok(Outputs { y: both.normed, sum: Some(both.sum) })
         }
+        (Site::AddLayer, [x, residual, w, b]) => {
+            let both = fused::add_layer_norm(x, residual, w.dims(), Some(w), Some(b), EPS)?;
+            Ok(Outputs { y: both.normed, sum: Some(both.sum) })
+        }
+        // Nothing stands around these.
+        (Site::Layer | Site::Group(_) | Site::Batch(..), _) => plain(site, args, train),
         (Site::GroupSilu(groups), [x, w, b]) => {
             fused::group_norm_act(x, *groups, Some(w), Some(b), EPS, None, Activation::Silu).map(Outputs::one)
         }

@@ -4,6 +4,7 @@
 
 pub mod contenders;
 pub mod copy;
+pub mod device;
 pub mod fused;
 pub mod inputs;
 pub mod memory;

@@ -3,8 +3,8 @@
 //! Written by hand, since a dot plot over a logarithmic axis is sixty lines of SVG.
 
 use crate::cases::contenders::Mode;
+use crate::cases::device::Place;
 use crate::cases::rounds::Spread;
-use crate::device::Place;
 use crate::table::{mode_name, Line};
 use candle_core::DType;
 use std::fmt::Write;

@@ -1,5 +1,5 @@
 //! `cargo bench`: every norm of candle-norm beside candle-nn's, on shapes that real models have, on the CPU, or with
-//! `--features cuda` on a GPU (`device.rs`).
+//! `--features cuda` on a GPU (`cases/device.rs`).
 //!
 //! Both crates' results are compared with f32 arithmetic on the same inputs, and the memory of a training
 //! step is counted, before they are timed, in turns (`cases/rounds.rs`), together with a copy of the same
@@ -10,19 +10,18 @@
 mod cases;
 mod chart;
 mod compare;
-mod device;
 mod table;
 
 use anyhow::{ensure, Context, Result};
 use cases::contenders::{self, Layer, Mode, Outputs};
 use cases::copy::Copy;
+use cases::device::{self, Place};
 use cases::inputs::Inputs;
 use cases::memory::{self, Counting, Memory};
 use cases::rounds::{self, Contender, Rounds, Settings};
 use cases::{Norm, Row};
 use clap::Parser;
 use compare::Errors;
-use device::Place;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 use table::Line;

@@ -5,7 +5,7 @@
 //! what a norm reads in a model was not written just now either. In small rows the host is slower than the
 //! device, and the time is the host's. With feature `cuda-emulation` the same is done on the CPU, to try it.
 
-use crate::cases::rounds::{self, Rounds, Settings};
+use super::rounds::{self, Rounds, Settings};
 use anyhow::{bail, Result};
 use candle_core::{Device, Tensor};
 use std::collections::VecDeque;
