@@ -7,7 +7,7 @@ near the op comes to the bandwidth of a copy in words behind it.
 import html
 import math
 
-LEFT, WIDTH, TOP, STEP = 330, 640, 92, 20
+LEFT, WIDTH, TOP, STEP = 400, 640, 92, 20
 MARKS = {
     "torch": "#d9480f",
     "torch without cuDNN": "#f08c00",
