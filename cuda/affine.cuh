@@ -21,7 +21,9 @@ template <class A, class T> __device__ inline A plain_at(const void* from, u32 d
     return sizeof(T) != 2 || dtype == DTYPE<T> ? element_at<T, A>(from, i) : element_at<float, A>(from, i);
 }
 
+// The parameter that a whole set has, if it has one for all of it.
 template <class A, class T> __device__ inline OneParam<A> plain_param(const Params& p, u64 param) {
+    if (!p.has(PER_SET)) return {1, 0};
     return {p.weight ? plain_at<A, T>(p.weight, p.weight_dtype, param) : A(1), p.bias ? plain_at<A, T>(p.bias, p.bias_dtype, param) : A(0)};
 }
 
@@ -32,13 +34,6 @@ template <class T> __device__ inline void ask_param(const Params& p, u64 param) 
     };
     line(p.weight, p.weight_dtype);
     line(p.bias, p.bias_dtype);
-}
-
-// Whether `plain_param` or `with_plain_params` finds all parameters, and nothing is around the norm.
-template <class T> __device__ inline bool is_plain(const Params& p) {
-    const auto is = [&](u32 dtype) { return (!p.weight || p.weight_dtype == dtype) && (!p.bias || p.bias_dtype == dtype); };
-    const bool all = p.has(PER_SET) || (p.weight && (p.bias || p.has(PER_COLUMN)));
-    return !p.has(FUSED) && p.weight_offset == 0 && all && (is(DTYPE<T>) || (sizeof(T) == 2 && is(DTYPE<float>)));
 }
 
 // A parameter of type P for every element, from that of element 0 on. `OWN`: P is x's type.
@@ -58,38 +53,16 @@ template <class P, bool BIAS, bool OWN> struct ColumnParams {
 };
 
 // One for every `span` elements.
-template <class P> struct SpanParams {
+template <class P, bool BIAS> struct SpanParams {
     static constexpr bool USUAL = false;
     const P *weight, *bias;
     Divisor by_span;
 
     template <int V, class A> __device__ void get(u32 e, A (&w)[V], A (&b)[V]) const {
         const u32 i = by_span(e);
-        OneParam<A>{element_at<P, A>(weight, i), element_at<P, A>(bias, i)}.get(e, w, b);
+        OneParam<A>{element_at<P, A>(weight, i), BIAS ? element_at<P, A>(bias, i) : A(0)}.get(e, w, b);
     }
 };
-
-// A weight for every `span` elements, where nobody asks for a bias.
-template <class P> struct SpanWeight {
-    const P* weight;
-    Divisor by_span;
-
-    template <int V, class A> __device__ void get(u32 e, A (&w)[V], A (&b)[V]) const {
-        OneParam<A>{element_at<P, A>(weight, by_span(e)), A(0)}.get(e, w, b);
-    }
-};
-
-// Calls f with the weights of a set whose elements have different ones, if they are of type P.
-template <class P, class F> __device__ inline bool with_weight_as(const Params& p, u64 first, F f) {
-    if (!p.weight || p.weight_dtype != DTYPE<P> || p.weight_offset != 0) return false;
-    const P* weight = static_cast<const P*>(p.weight) + first;
-    if (p.has(PER_COLUMN)) {
-        f(ColumnParams<P, false, true>{weight, nullptr});
-    } else {
-        f(SpanWeight<P>{weight, p.by_span});
-    }
-    return true;
-}
 
 // Calls f with the parameters of type P of a set, if it has a weight and all are of that type.
 template <class P, bool OWN, class F> __device__ inline bool with_params_as(const Params& p, u64 first, F f) {
@@ -97,7 +70,7 @@ template <class P, bool OWN, class F> __device__ inline bool with_params_as(cons
     const P *weight = static_cast<const P*>(p.weight) + first, *bias = static_cast<const P*>(p.bias) + first;
     if (!p.has(PER_COLUMN)) {
         if (!p.bias) return false;
-        f(SpanParams<P>{weight, bias, p.by_span});
+        f(SpanParams<P, true>{weight, bias, p.by_span});
     } else if (p.bias) {
         f(ColumnParams<P, true, OWN>{weight, bias});
     } else {
@@ -110,6 +83,24 @@ template <class P, bool OWN, class F> __device__ inline bool with_params_as(cons
 template <class T, class F> __device__ inline bool with_plain_params(const Params& p, u64 first, F f) {
     if (with_params_as<T, true>(p, first, f)) return true;
     if constexpr (sizeof(T) == 2) return with_params_as<float, false>(p, first, f);
+    return false;
+}
+
+// Calls f with the weights of type P of a set whose elements have different ones, if they are of that type.
+template <class P, class F> __device__ inline bool with_weight_as(const Params& p, u64 first, F f) {
+    if (!p.weight || p.weight_dtype != DTYPE<P> || p.weight_offset != 0) return false;
+    const P* weight = static_cast<const P*>(p.weight) + first;
+    if (p.has(PER_COLUMN)) {
+        f(ColumnParams<P, false, true>{weight, nullptr});
+    } else {
+        f(SpanParams<P, false>{weight, nullptr, p.by_span});
+    }
+    return true;
+}
+
+template <class T, class F> __device__ inline bool with_plain_weight(const Params& p, u64 first, F f) {
+    if (with_weight_as<T>(p, first, f)) return true;
+    if constexpr (sizeof(T) == 2) return with_weight_as<float>(p, first, f);
     return false;
 }
 

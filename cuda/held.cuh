@@ -242,7 +242,7 @@ template <class T, int V, int C> __device__ void forward_kept(const Params& p) {
     const Place at = place_set(p, blockIdx.x / C);
     InRegisters<T, V, C, KEPT_BYTES> held(p, slice, at, static_cast<const T*>(p.x) + at.x_base);
     ask_params<T>(p, slice, at);
-    const OneParam<A> one = p.has(PER_SET) ? plain_param<A, T>(p, at.first_param) : OneParam<A>{1, 0};
+    const OneParam<A> one = plain_param<A, T>(p, at.first_param);
     const Summary<A> summary(p, group_moments(p, group, slice, held));
     if (p.out) put_kept_output<T, V>(p, at, summary.stats(p), held, one);
     if (group.first()) summary.write(p, at.set);
@@ -276,7 +276,7 @@ template <class T, int V> __device__ void forward_several(const Params& p) {
         const Summary<A> summary(p, group_moments(p, group, slice, held, [&] { ask(set + step); }));
         if (set >= sets) continue;
         const Place at = place_set(p, set);
-        const OneParam<A> one = p.has(PER_SET) ? plain_param<A, T>(p, at.first_param) : OneParam<A>{1, 0};
+        const OneParam<A> one = plain_param<A, T>(p, at.first_param);
         if (p.out) put_kept_output<T, V>(p, at, summary.stats(p), held, one);
         if (group.lane == 0) summary.write(p, set);
     }

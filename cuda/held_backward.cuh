@@ -99,12 +99,7 @@ __device__ inline void put_input_gradient(const Params& p, const Slice<V, C>& sl
         if (at.contiguous(p)) return plain(params);
         return put_plain_gradient<false>(p, slice, at, stats, sums, held, dheld.at, params);
     }
-    if (known && at.contiguous(p)) {
-        if (with_weight_as<T>(p, at.first_param, plain)) return;
-        if constexpr (sizeof(T) == 2) {
-            if (with_weight_as<float>(p, at.first_param, plain)) return;
-        }
-    }
+    if (known && at.contiguous(p) && with_plain_weight<T>(p, at.first_param, plain)) return;
     put_any_gradient(p, slice, at, stats, weight, sums, held, dheld);
 }
 
@@ -185,7 +180,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         const u64 item = work.first + row, in_block = work.in_block(p), base = item * p.width + in_block;
         return Row{base, p.has(BLOCKS) ? block_start(p, item) + in_block : base, work.first_param(p)};
     };
-    KeptStats<A> ahead_stats = {};
+    Summary<A> ahead_stats = {};
     const auto ask = [&](u32 row, u32 stage) {
         if (row < rows) {
             const Row at = place(row);
@@ -196,7 +191,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
                 hold_async(p, slice, at, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
                 dy_of(stage).ask(p, slice, at);
             }
-            ahead_stats = KeptStats<A>(p, (work.first + row) * p.sets_per_outer + work.line);
+            ahead_stats = Summary<A>(p, (work.first + row) * p.sets_per_outer + work.line);
         }
         copies_batch();
     };
@@ -227,39 +222,19 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         const bool active = row < rows;
         const Row at = place(active ? row : 0);
         // Loaded a row ahead: two trips to memory, one behind the other, would be most of a row's time.
-        const KeptStats<A> kept = ahead_stats;
+        const Summary<A> kept = ahead_stats;
         if (p.stages > 1) {
             ask(row + per_block, stage ^ 1);
             copies_done<1>();
         } else {
             copies_done();
         }
-        const Stats<A> stats = kept.get(p);
+        const Stats<A> stats = kept.stats(p);
         const T* x = x_of(stage);
         const HeldGradient<T, V> dy = dy_of(stage);
         if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, x, dy);
-        A sums[2] = {};
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const u32 unit = slice.lane + k * slice.lanes;
-            if (unit >= slice.units || !active) continue;
-            A values[V], d[V], w[V];
-            load<T, V>(x + unit * V, values);
-            dy.get(unit * V, d);
-            weight_of(k, true, w);
-#pragma unroll
-            for (int v = 0; v < V; ++v) {
-                const A xhat = stats(values[v]);
-                sums[0] += d[v] * w[v];
-                sums[1] += d[v] * w[v] * xhat;
-                dweight[k * V + v] += d[v] * xhat;
-                dbias[k * V + v] += d[v];
-            }
-        }
-        if (p.out) {
-            group.sum(sums);
-            const A mean = p.has(CENTER) ? sums[0] * inverse * stats.rstd : A(0), slope = sums[1] * inverse * stats.rstd;
-            T* out = static_cast<T*>(p.out) + at.base + u64(slice.first + slice.lane) * V;
+        // Calls f(k, x, dy, weight) for this thread's packs of the row.
+        const auto each = [&](auto f) {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const u32 unit = slice.lane + k * slice.lanes;
@@ -268,10 +243,29 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
                 load<T, V>(x + unit * V, values);
                 dy.get(unit * V, d);
                 weight_of(k, true, w);
+                f(k, values, d, w);
+            }
+        };
+        A sums[2] = {};
+        each([&](int k, const A(&values)[V], const A(&d)[V], const A(&w)[V]) {
+#pragma unroll
+            for (int v = 0; v < V; ++v) {
+                const A xhat = stats(values[v]);
+                sums[0] += d[v] * w[v];
+                sums[1] += d[v] * w[v] * xhat;
+                dweight[k * V + v] += d[v] * xhat;
+                dbias[k * V + v] += d[v];
+            }
+        });
+        if (p.out) {
+            group.sum(sums);
+            const A mean = p.has(CENTER) ? sums[0] * inverse * stats.rstd : A(0), slope = sums[1] * inverse * stats.rstd;
+            T* out = static_cast<T*>(p.out) + at.base + u64(slice.first + slice.lane) * V;
+            each([&](int k, A(&values)[V], const A(&d)[V], const A(&w)[V]) {
 #pragma unroll
                 for (int v = 0; v < V; ++v) values[v] = (d[v] * w[v] * stats.rstd - mean) - stats(values[v]) * slope;
                 store_global<T, V>(out + k * slice.lanes * V, values);
-            }
+            });
         }
         if (p.stages == 1) ask(row + per_block, 0);
     }

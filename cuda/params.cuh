@@ -32,6 +32,7 @@ enum Flag : u32 {
     FUSED = 1 << 8,
     BLOCKS = 1 << 9,
     SUMS_WRITE = 1 << 10,
+    PLAIN_NORM = 1 << 11,
 };
 
 // What is done to z before it is stored: `Fusion::activation`, and a gate behind the norm.

@@ -56,19 +56,43 @@ template <class A> struct Stats {
     __device__ A operator()(A x) const { return (x - mean) * rstd + shift; }
 };
 
-// A set's statistics as an earlier launch has left them: asked for at once, worked out when they are needed.
-template <class A> struct KeptStats {
+// running = (1 - momentum) * running + momentum * batch, the variance unbiased.
+__device__ inline void move_running(const Params& p, u64 channel, double mean, double var, double n) {
+    const double old_mean = load_param<double>(p.running_mean, p.running_mean_dtype, channel);
+    const double old_var = load_param<double>(p.running_var, p.running_var_dtype, channel);
+    const double keep = 1 - p.momentum;
+    store_param(p.running_mean, p.running_mean_dtype, channel, keep * old_mean + p.momentum * mean);
+    store_param(p.running_var, p.running_var_dtype, channel, keep * old_var + p.momentum * (var * (n / (n - 1))));
+}
+
+// What is kept of a set between the forward and the backward.
+template <class A> struct Summary {
     A mean, low, var;
 
-    KeptStats() = default;
-    __device__ KeptStats(const Params& p, u64 set) {
+    Summary() = default;
+    // From its moments.
+    template <class N> __device__ Summary(const Params& p, Moments<A, N> m) : mean(m.mean), low(m.low), var(p.set_len ? m.m2 / A(p.set_len) : A(0)) {
+        normalize_pair(mean, low);
+    }
+    // As an earlier launch has left it: asked for at once, worked out when it is needed.
+    __device__ Summary(const Params& p, u64 set) {
         const A* stats = static_cast<const A*>(p.stats) + set;
         mean = load_constant(stats), low = load_constant(stats + p.sets), var = load_constant(stats + 2 * p.sets);
     }
-    __device__ Stats<A> get(const Params& p) const { return {mean, low, inverse_sqrt(var + A(p.eps))}; }
+    __device__ Stats<A> stats(const Params& p) const { return {mean, low, inverse_sqrt(var + A(p.eps))}; }
+    // Keeps it for the backward, and moves the running statistics where the set is all that there is of a channel.
+    __device__ void write(const Params& p, u64 set) const {
+        if (p.stats) {
+            A* stats = static_cast<A*>(p.stats);
+            stats[set] = mean;
+            stats[p.sets + set] = low;
+            stats[2 * p.sets + set] = var;
+        }
+        if (p.running_mean && p.outer == 1) move_running(p, set, double(mean) + double(low), double(var), double(p.set_len));
+    }
 };
 
-template <class A> __device__ inline Stats<A> load_stats(const Params& p, u64 set) { return KeptStats<A>(p, set).get(p); }
+template <class A> __device__ inline Stats<A> load_stats(const Params& p, u64 set) { return Summary<A>(p, set).stats(p); }
 
 // Statistics for a forward: the given ones, whatever their dtype, or those that an earlier kernel wrote.
 // `writer` is true in one thread of the set: it copies given ones where the backward wants them.
@@ -86,35 +110,6 @@ template <class A> __device__ inline Stats<A> forward_stats(const Params& p, u64
     }
     return {mean, low, inverse_sqrt(var + A(p.eps))};
 }
-
-// running = (1 - momentum) * running + momentum * batch, the variance unbiased.
-__device__ inline void move_running(const Params& p, u64 channel, double mean, double var, double n) {
-    const double old_mean = load_param<double>(p.running_mean, p.running_mean_dtype, channel);
-    const double old_var = load_param<double>(p.running_var, p.running_var_dtype, channel);
-    const double keep = 1 - p.momentum;
-    store_param(p.running_mean, p.running_mean_dtype, channel, keep * old_mean + p.momentum * mean);
-    store_param(p.running_var, p.running_var_dtype, channel, keep * old_var + p.momentum * (var * (n / (n - 1))));
-}
-
-// What is known of a whole set from its moments.
-template <class A> struct Summary {
-    A mean, low, var;
-
-    template <class N> __device__ Summary(const Params& p, Moments<A, N> m) : mean(m.mean), low(m.low), var(p.set_len ? m.m2 / A(p.set_len) : A(0)) {
-        normalize_pair(mean, low);
-    }
-    __device__ Stats<A> stats(const Params& p) const { return {mean, low, inverse_sqrt(var + A(p.eps))}; }
-    // Keeps it for the backward, and moves the running statistics where the set is all that there is of a channel.
-    __device__ void write(const Params& p, u64 set) const {
-        if (p.stats) {
-            A* stats = static_cast<A*>(p.stats);
-            stats[set] = mean;
-            stats[p.sets + set] = low;
-            stats[2 * p.sets + set] = var;
-        }
-        if (p.running_mean && p.outer == 1) move_running(p, set, double(mean) + double(low), double(var), double(p.set_len));
-    }
-};
 
 // From the moments of a whole set to its statistics. `writer` is true in one thread of the set.
 template <class A, class N> __device__ inline Stats<A> finish_moments(const Params& p, u64 set, Moments<A, N> m, bool writer) {

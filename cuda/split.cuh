@@ -103,9 +103,9 @@ template <class T, int V> __device__ void split_forward(const Params& p) {
     const Slice<V, 1> slice(chunk.len, blockDim.x, threadIdx.x);
     const bool writer = chunk.index == 0 && threadIdx.x == 0;
     if constexpr (KEEPS_CHUNKS<T, V>) {
-        if (is_plain<T>(p)) {
+        if (p.has(PLAIN_NORM)) {
             KeptChunk<T, V> kept(p, slice, chunk, input_of<T>(p, chunk));
-            const OneParam<A> one = p.has(PER_SET) ? plain_param<A, T>(p, chunk.first_param) : OneParam<A>{1, 0};
+            const OneParam<A> one = plain_param<A, T>(p, chunk.first_param);
             return put_kept_output<T, V>(p, chunk, forward_stats<A>(p, chunk.set, writer), kept, one);
         }
     }

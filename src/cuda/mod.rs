@@ -187,6 +187,12 @@ impl Bound {
         machine.address(arg)
     }
 
+    /// Whether weight and bias have this dtype, those that there are.
+    fn params_are(&self, element: Element) -> bool {
+        let is = |address, dtype| address == 0 || dtype == element.code();
+        is(self.at.weight, self.at.weight_dtype) && is(self.at.bias, self.at.bias_dtype)
+    }
+
     fn request(&self, norm: &Norm) -> Request {
         let at = &self.at;
         let tensors = [at.x, at.dy, at.out, at.residual, at.skip, at.gate, at.sum, at.dskip, at.dgate];
@@ -198,10 +204,8 @@ impl Bound {
             eps: norm.eps,
             align: 1 << bits.trailing_zeros(),
             params_aligned: (at.weight | at.bias).is_multiple_of(16),
-            params_plain: [self.element, Element::F32].into_iter().any(|element| {
-                let is = |address, dtype| address == 0 || dtype == element.code();
-                is(at.weight, at.weight_dtype) && is(at.bias, at.bias_dtype)
-            }),
+            params_plain: self.params_are(self.element)
+                || (self.element.bytes() == 2 && self.params_are(Element::F32)),
             weight: at.weight != 0,
             bias: at.bias != 0,
             fusion: norm.fusion,

@@ -51,6 +51,8 @@ pub(crate) mod flags {
     pub const BLOCKS: u32 = 1 << 9;
     /// The kernel that sums writes the gradients of skip and gate, else the one that writes dx does.
     pub const SUMS_WRITE: u32 = 1 << 10;
+    /// Of a forward: nothing stands behind the norm, and its parameters are loaded without a call.
+    pub const PLAIN_NORM: u32 = 1 << 11;
 }
 
 /// What the caller owns: device addresses, 0 where there is nothing, and dtype codes (0 f32, 1 f16,

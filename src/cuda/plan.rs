@@ -76,7 +76,7 @@ pub(crate) struct Request {
     pub align: usize,
     /// Weight and bias start at multiples of 16 bytes.
     pub params_aligned: bool,
-    /// Those that there are have x's dtype, or all f32.
+    /// Those that there are have x's dtype or, where that has 16 bits, all f32.
     pub params_plain: bool,
     pub weight: bool,
     pub bias: bool,
@@ -213,6 +213,9 @@ pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNee
     let affinity = affinity(&r.geometry, r.weight || r.bias);
     let mut plan = Builder::new(r, device, affinity);
     plan.shape.momentum = needs.momentum.unwrap_or(0.0);
+    if plan.is_plain() {
+        plan.shape.flags |= flags::PLAIN_NORM;
+    }
     if r.geometry.elements() == 0 {
         // Statistics of nothing are zeros: ranks without data merge them with others'.
         if needs.keep {
@@ -386,6 +389,18 @@ impl<'a> Builder<'a> {
         };
         let (launches, scratch) = (Vec::with_capacity(4), Scratch::default());
         Self { r, g, device, affinity, launches, shape, schedule, scratch, reserved: 0, traffic: 0 }
+    }
+
+    /// Whether nothing stands behind the norm and kernels load its parameters without a call: `plain_param` or
+    /// `with_plain_params` finds them.
+    fn is_plain(&self) -> bool {
+        let r = self.r;
+        let all = match self.affinity {
+            Affinity::Set => true,
+            Affinity::Column => r.weight,
+            Affinity::Row | Affinity::Span => r.weight && r.bias,
+        };
+        all && r.params_plain && !r.is_fused() && r.fusion.weight_offset == 0.0
     }
 
     fn done(self) -> Plan {

@@ -80,7 +80,7 @@ fn of_rust() -> Facts {
     }
     fields! { facts, Divisor: divisor magic shift }
     constants! { facts:
-        CENTER FIXED PER_SET PER_COLUMN PER_ROW UNWEIGHTED PART_WEIGHTED WANT_PARAMS FUSED BLOCKS SUMS_WRITE
+        CENTER FIXED PER_SET PER_COLUMN PER_ROW UNWEIGHTED PART_WEIGHTED WANT_PARAMS FUSED BLOCKS SUMS_WRITE PLAIN_NORM
     }
     let activations = [
         ("NONE", None),

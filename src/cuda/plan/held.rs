@@ -21,7 +21,7 @@ const SEVERAL_BLOCK: usize = 256;
 const ALONE_BYTES: usize = 96 << 10;
 /// Blocks of a cluster.
 pub(crate) const CLUSTER: usize = 8;
-/// Bytes of a thread that `forward_kept` and `forward_several` have registers for (`KEPT`).
+/// Bytes of a thread that `forward_kept` and `forward_several` have registers for (`KEPT_BYTES`).
 pub(crate) const KEPT_BYTES: usize = 128;
 /// Threads of its widest blocks.
 pub(crate) const KEPT_BLOCK: usize = 256;
@@ -147,28 +147,19 @@ impl Builder<'_> {
         (slice * self.r.element.bytes()).div_ceil(THREAD_BYTES).next_power_of_two()
     }
 
-    /// Whether registers may hold sets for the forward: in packs, with nothing around the norm and parameters that are
-    /// loaded without a call. Bits do not depend on it.
+    /// Whether registers may hold sets for the forward: in packs, and without a residual. Bits do not depend on it.
     fn may_keep(&self, access: Access) -> bool {
-        let r = self.r;
-        let plain = match self.affinity {
-            Affinity::Set => true,
-            Affinity::Column => r.weight,
-            _ => r.weight && r.bias,
-        };
-        (self.g.rows == 1 || self.affinity == Affinity::Set)
-            && !(access == Access::Scalar || r.element == Element::F64)
-            && !(r.is_fused() || r.residual || r.fusion.weight_offset != 0.0)
-            && plain
-            && r.params_plain
+        self.is_plain()
+            && !self.r.residual
+            && (self.g.rows == 1 || self.affinity == Affinity::Set)
+            && !(access == Access::Scalar || self.r.element == Element::F64)
             && self.g.sets() <= i32::MAX as usize / CLUSTER
     }
 
     /// Whether a set's share of a thread fits its registers.
-    fn is_kept(&self, access: Access, held: &Held) -> bool {
+    fn fits_registers(&self, access: Access, held: &Held) -> bool {
         let unit = self.unit(access);
-        self.may_keep(access)
-            && held.block <= KEPT_BLOCK
+        held.block <= KEPT_BLOCK
             && (held.slice / unit).div_ceil(held.lanes) * unit * self.r.element.bytes() <= KEPT_BYTES
     }
 
@@ -201,12 +192,13 @@ impl Builder<'_> {
 pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
     let access = b.access(b.g.run);
     b.set_segments(b.runs());
-    let alone = if b.may_keep(access) { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
+    let may_keep = b.may_keep(access);
+    let alone = if may_keep { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
     let held = b.place(access, true, alone, |slice| b.held_bytes(slice));
     let Some(held) = held.filter(|_| !needs.given) else {
         return split::forward(b, needs);
     };
-    match b.is_kept(access, &held) {
+    match may_keep && b.fits_registers(access, &held) {
         true => b.launch_kept(access, held)?,
         false => b.launch_held((Kernel::ForwardHeld, Kernel::ForwardCluster), access, held)?,
     }
