@@ -19,8 +19,8 @@ it issues, and what it has under way at once. The rest is a model of what may de
   launches what starting kernels costs, where that is most of it
 
 An estimate, made to see what a change does and to let nothing get worse. An H100 has measured 10 to 35 points less
-(benches/gpu/README.md): these times do not all overlap, as the model has them, since blocks of a wave go in step. A row fails that loses more than a point of its share, or
-launches more kernels, or moves more bytes.
+(benches/gpu/README.md): these times do not all overlap, as the model has them, since blocks of a wave go in step.
+A row fails that loses more than a point of its share, or launches more kernels, or moves more bytes.
 """
 
 import collections

@@ -89,7 +89,7 @@ impl Maker {
     }
 }
 
-fn linear(n: &Norms, x: &Tensor, weight: &Var) -> Result<Tensor> {
+pub fn linear(n: &Norms, x: &Tensor, weight: &Var) -> Result<Tensor> {
     candle_nn::Linear::new(n.var(weight), None).forward(x)
 }
 

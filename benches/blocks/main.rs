@@ -171,9 +171,7 @@ fn main() -> Result<()> {
             let line = format!("{name} {}", mode_name(*mode));
             args.words.iter().all(|word| line.contains(word.as_str()))
         });
-        for line in measure_block(&run, &make, modes.collect(), (!test).then_some(settings)).context(name)? {
-            lines.push(line);
-        }
+        lines.extend(measure_block(&run, &make, modes.collect(), (!test).then_some(settings)).context(name)?);
     }
     if lines.is_empty() {
         return Ok(());

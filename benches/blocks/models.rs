@@ -3,7 +3,7 @@
 //! Apart from the blocks, because a model is put together of parts, and takes gigabytes. All has the biases that the
 //! published models have. Weights are random: what is timed does not depend on them.
 
-use super::blocks::{attend, heads, Block, Maker, Part};
+use super::blocks::{attend, heads, linear, Block, Maker, Part};
 use super::norms::{Norms, Site};
 use crate::cases::contenders::Outputs;
 use candle_core::{Result, Tensor, D};
@@ -41,7 +41,7 @@ impl Maker {
 
     fn dense_no_bias(&mut self, name: &str, inputs: usize, outputs: usize) -> Result<Part> {
         let weight = self.weight(&format!("{name}.weight"), &[outputs, inputs])?;
-        Ok(Box::new(move |n, x| Linear::new(n.var(&weight), None).forward(&x)))
+        Ok(Box::new(move |n, x| linear(n, &x, &weight)))
     }
 
     /// A convolution of `[outputs, inputs, kernel]`, padded by half the kernel.

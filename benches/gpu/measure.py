@@ -341,7 +341,6 @@ class Run:
             self.candle = Candle(options.worker)
             self.about = self.candle.ask("device")
 
-
     def tensors(self, row):
         """Inputs, and candle's answers where candle runs."""
         torch = self.torch
