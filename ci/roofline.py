@@ -24,6 +24,7 @@ A row fails that loses more than a point of its share, or launches more kernels,
 """
 
 import collections
+import csv
 import pathlib
 import re
 import struct
@@ -56,7 +57,8 @@ ISSUE = 0.85  # of the issue slots that a kernel can use
 
 # Tensors of x's size that a kernel reads and writes.
 MOVES = {
-    "forward_held": (1, 1), "forward_cluster": (1, 1), "forward_kept": (1, 1), "forward_several": (1, 1), "backward_rows": (2, 1), "backward_sets": (2, 1),
+    "forward_held": (1, 1), "forward_cluster": (1, 1), "forward_kept": (1, 1), "forward_several": (1, 1), "backward_rows": (2, 1), "backward_plain": (2, 1), "backward_sets": (2, 1),
+    "gated_forward": (2, 1), "gated_backward": (3, 2),
     "split_moments": (1, 0), "split_forward": (1, 1), "split_sums": (2, 0), "split_column_sums": (2, 0), "split_backward": (2, 1),
     "column_moments": (1, 0), "column_forward": (1, 1), "column_sums": (2, 0), "column_backward": (2, 1),
 }  # fmt: skip
@@ -198,9 +200,11 @@ def table(plans, kernels):
         "# The static roofline (ci/roofline.py): estimated shares of a copy's speed of the rows of",
         "# benches/gpu/rows.tsv, and what decides. Launches; bytes from and to memory over ideal ones; of the",
         "# longest launch warps and KB under way in a multiprocessor of the H200; issue slots an element; shares",
-        "# of the copy in %; the H200's bound. An estimate: benches/results/gpu/h100.csv has what was measured. Written by ci/roofline.py --update.",
-        f"{'row':<54} launches bytes warps    KB slots" + "".join(f"{n:>6}" for n in GPUS) + "  bound",
+        "# of the copy in %, estimated, and what an H100 measured last (benches/results/gpu/h100.csv; misses of more",
+        "# than 15 points: benches/gpu/README.md); the H200's bound. Written by ci/roofline.py --update.",
+        f"{'row':<54} launches bytes warps    KB slots" + "".join(f"{n:>6}" for n in GPUS) + " measured  bound",
     ]
+    known = measured()
     by = {}
     for plan in plans:
         by.setdefault(plan.name, {})[plan.device] = plan
@@ -210,9 +214,20 @@ def table(plans, kernels):
         lines.append(
             f"{name:<54} {len(r.launches):>8} {r.moved:>5.2f} {r.worst.warps:>5.1f} {r.worst.kb:>5.0f} {r.slots:>5.1f}"
             + "".join(f"{one.share:>6.0f}" for one in all_.values())
-            + f"  {r.bound}"
+            + f"{known.get(name, '-'):>9}  {r.bound}"
         )
     return lines
+
+
+def measured():
+    """Shares of a copy on an H100, by the names of the table's rows: the newest run of each."""
+    rows = {}
+    with open(ROOT / "benches/results/gpu/h100.csv") as file:
+        for line in csv.DictReader(file):
+            if line["share of copy bandwidth"]:
+                name = f"{line['norm']} {line['shape']} {line['groups'] or '-'} {line['dtype']} {line['layout']} {line['figure']}"
+                rows[name] = round(100 * float(line["share of copy bandwidth"]))
+    return rows
 
 
 def read_table(lines):

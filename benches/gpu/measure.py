@@ -291,6 +291,8 @@ class Torch:
             call = lambda i: self.xs[i % len(self.xs)].clone()
         elif contender == "read":
             call = lambda i: self.xs[i % len(self.xs)].sum()
+        elif contender == "add":
+            call = lambda i: torch.add(self.xs[i % len(self.xs)], self.dys[i % len(self.xs)])
         else:
             try:
                 call = self.calls(contender, figure)
@@ -386,6 +388,9 @@ class Run:
     def rounds(self, side, figure):
         """Microseconds a call of each contender, by round."""
         ask = {"copy": side.time, "read": side.time}
+        if figure == "backward":
+            # It moves what a backward moves: two tensors read, one written.
+            ask["add"] = side.time
         if self.candle:
             ask |= {"candle-norm": self.candle.time, "candle-nn": self.candle.time}
         ask |= {name: side.time for name in side.functions}
@@ -442,6 +447,7 @@ CONTENDERS = (
     "Quack",
     "copy",
     "read",
+    "add",
 )
 
 

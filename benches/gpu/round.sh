@@ -12,7 +12,7 @@
 #   channels   the same: group, instance and batch norm
 #   bench      cargo bench --bench norms: beside candle-nn alone
 #   blocks     cargo bench --bench blocks: blocks of models and whole models
-#   ncu        Nsight Compute on six kernels, where it is installed
+#   ncu        Nsight Compute on eight kernels, where it is installed
 #   variants   kernels in variants/*/ against the compiled ones (variants.py)
 #   sanitizer  compute-sanitizer over a short suite: memcheck, racecheck, initcheck, where installed
 #
@@ -123,9 +123,10 @@ measure() {
 # Of each row four launches of our kernels, after the first four; a backward's are told from the forwards
 # that it needs by their names.
 KERNELS=(
-    'LayerNorm 8192x4096 - bf16 - forward' 'LayerNorm 8192x4096 - bf16 - backward'
-    'RmsNorm 2048x65536 - bf16 - forward' 'GroupNorm 16x512x64x64 32 bf16 - backward'
-    'BatchNorm 32x256x56x56 - bf16 - forward' 'BatchNorm 256x64x112x112 - bf16 - backward'
+    'LayerNorm 8192x4096 - bf16 - backward' 'LayerNorm 2048x65536 - bf16 - backward'
+    'LayerNorm 4096x768 - f32 - forward' 'LayerNorm 4096x1023 - bf16 - forward'
+    'LayerNorm 1x4096 - bf16 - forward' 'GroupNorm 16x512x64x64 32 bf16 last forward'
+    'GroupNorm 16x512x64x64 32 bf16 last backward' 'BatchNorm 256x64x112x112 - bf16 - forward'
 )
 ncu_kernels() {
     command -v ncu >/dev/null || { echo "not measured: no ncu here" && return 0; }
