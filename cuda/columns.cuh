@@ -12,12 +12,13 @@ struct Tile {
     u32 lane, row_lane, row_lanes;
     u64 tile, tiles;
 
-    template <int V> __device__ static Tile of(const Params& p) {
+    // Of block `block` of the grid.
+    template <int V> __device__ static Tile of(const Params& p, u64 block) {
         Tile t;
         const u64 tile_width = u64(p.lanes) * V;
         t.tiles = quotient(p.width + tile_width - 1, tile_width);
-        const u64 rest = quotient(blockIdx.x, t.tiles);
-        t.tile = blockIdx.x - rest * t.tiles;
+        const u64 rest = quotient(block, t.tiles);
+        t.tile = block - rest * t.tiles;
         t.outer = quotient(rest, p.chunks);
         t.chunk = rest - t.outer * p.chunks;
         t.lane = threadIdx.x % p.lanes;
@@ -39,6 +40,9 @@ struct Tile {
     __device__ u64 row(u32 i) const { return first + row_lane + u64(i) * row_lanes; }
     __device__ u64 part(const Params& p) const { return (outer * p.part_chunks + chunk) * p.part_width + column; }
 };
+
+// Second passes start where the first have ended: what was read last may still be in the L2 cache.
+__device__ inline u64 from_the_end() { return gridDim.x - 1 - blockIdx.x; }
 
 __device__ inline u64 divide(u64 n, const Divisor& by, u64 exact) {
     return exact == 1 ? n : n < 0x80000000u ? by(u32(n)) : divide_call(n, exact);
@@ -220,7 +224,7 @@ __device__ inline void add_residual_rows(const Params& p, u64 at, u64 step, Pack
 template <class T, int V> __device__ void column_moments(const Params& p) {
     using A = typename Accumulator<T>::type;
     constexpr int K = 4;
-    const Tile tile = Tile::of<V>(p);
+    const Tile tile = Tile::of<V>(p, blockIdx.x);
     ColumnMoments<V, A> moments;
     const u64 step = u64(tile.row_lanes) * p.width;
     u64 at = tile.address(p, tile.row(0));
@@ -290,7 +294,7 @@ __device__ inline void put_columns(const Params& p, const Tile& tile, const Stat
 
 template <class T, int V> __device__ void column_forward(const Params& p) {
     using A = typename Accumulator<T>::type;
-    const Tile tile = Tile::of<V>(p);
+    const Tile tile = Tile::of<V>(p, from_the_end());
     if (!tile.inside(p)) return;
     Stats<A> stats[V];
     if (p.given_mean) {
@@ -342,7 +346,7 @@ __device__ inline void sum_columns(const Params& p, const Tile& tile, const Stat
 
 template <class T, int V> __device__ void column_sums(const Params& p) {
     using A = typename Accumulator<T>::type;
-    const Tile tile = Tile::of<V>(p);
+    const Tile tile = Tile::of<V>(p, blockIdx.x);
     A a[V] = {}, b[V] = {};
     if (tile.inside(p)) {
         Stats<A> stats[V];
@@ -398,7 +402,7 @@ __device__ inline void put_column_gradients(const Params& p, const Tile& tile, c
 
 template <class T, int V> __device__ void column_backward(const Params& p) {
     using A = typename Accumulator<T>::type;
-    const Tile tile = Tile::of<V>(p);
+    const Tile tile = Tile::of<V>(p, from_the_end());
     const A* sums_of = static_cast<const A*>(p.sums);
     Stats<A> stats[V] = {};
     A sums[V][2] = {};

@@ -64,31 +64,32 @@ template <class A> __device__ void combine_moments(const Params& p) {
     const Parts parts(p, mine.active ? mine.set : 0);
     const u64 total = p.outer * p.part_chunks * p.part_width;
     const A* moments = static_cast<const A*>(p.part_moments);
-    Moments<A, u64> m{0, 0, 0, 0};
+    // Counts are weights here, and need no more digits than the others.
+    Moments<A, A> m{0, 0, 0, 0};
     PartWalk walk(parts, mine.lane, mine.lanes);
     while (walk.i < parts.count) {
-        Moments<A, u64> batch[BATCH];
+        Moments<A, A> batch[BATCH];
 #pragma unroll
         for (int k = 0; k < BATCH; ++k, walk.next(parts)) {
             batch[k] = {0, 0, 0, 0};
             if (walk.i >= parts.count) continue;
             const u64 at = walk.address(parts);
             batch[k] = {load_constant(moments + at), load_constant(moments + total + at), load_constant(moments + 2 * total + at),
-                        part_count(p, walk)};
+                        A(part_count(p, walk))};
         }
 #pragma unroll
         for (int k = 0; k < BATCH; ++k) merge(m, batch[k]);
     }
-    lanes_merge(m, mine.lanes < 32 ? mine.lanes : 32);
+    const u32 width = mine.lanes < 32 ? mine.lanes : 32;
+    lanes_combine(m, lanes_sum(m.count, width), width);
     if (mine.lanes > 32) {
         A* slots = reinterpret_cast<A*>(shared_memory());
-        u64* counts = reinterpret_cast<u64*>(slots + 3 * 32);
         const u32 warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-        if (lane == 0) slots[warp] = m.mean, slots[32 + warp] = m.low, slots[64 + warp] = m.m2, counts[warp] = m.count;
+        if (lane == 0) slots[warp] = m.mean, slots[32 + warp] = m.low, slots[64 + warp] = m.m2, slots[96 + warp] = m.count;
         __syncthreads();
         m = {0, 0, 0, 0};
-        if (lane < mine.lanes / 32) m = {slots[lane], slots[32 + lane], slots[64 + lane], counts[lane]};
-        lanes_merge(m, 32);
+        if (lane < mine.lanes / 32) m = {slots[lane], slots[32 + lane], slots[64 + lane], slots[96 + lane]};
+        lanes_combine(m, lanes_sum(m.count, 32), 32);
     }
     if (mine.active && mine.lane == 0) finish_moments(p, mine.set, m, true);
 }

@@ -53,6 +53,16 @@ __device__ inline void fail() {
 #endif
 }
 
+// A product that is rounded before anything is done with it. The compiler fuses a plain one into the sum behind it: a
+// mean that is subtracted would then be another number than the mean that is kept, by half a unit of its last place, and
+// lanes that add each other's products would not have the same sum.
+#ifdef NORM_EMULATION
+template <class A> __device__ inline A rounded_product(A a, A b) { return a * b; }
+#else
+__device__ inline float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+__device__ inline double rounded_product(double a, double b) { return __dmul_rn(a, b); }
+#endif
+
 // Asks for the line of an address, to come into the L1 cache.
 __device__ inline void prefetch(const void* at) {
 #ifndef NORM_EMULATION
@@ -66,22 +76,39 @@ constexpr bool HAS_COPIES = true;
 constexpr bool HAS_COPIES = false;
 #endif
 
+// Shared memory as its instructions name it: worked out once, where a loop's own pointer costs four instructions a copy.
+#ifdef NORM_EMULATION
+using SharedAddress = char*;
+__device__ inline SharedAddress shared_address(void* shared) { return static_cast<char*>(shared); }
+__device__ inline void* shared_pointer(SharedAddress shared) { return shared; }
+#else
+using SharedAddress = u32;
+__device__ inline SharedAddress shared_address(void* shared) { return u32(__cvta_generic_to_shared(shared)); }
+__device__ inline void* shared_pointer(SharedAddress shared) { return __cvta_shared_to_generic(shared); }
+#endif
+
 // Copies BYTES from global to shared memory, past the registers where the device can (8.0 and up): any
 // number are in flight at once. Complete after `copies_done` in the thread that asked for them.
-template <int BYTES> __device__ inline void copy_async(void* shared, const void* global) {
+template <int BYTES> __device__ inline void copy_async(SharedAddress shared, const void* global) {
     using R = typename Raw<BYTES>::type;
 #if !defined(NORM_EMULATION) && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    if constexpr (BYTES >= 4) {
-        const u32 to = u32(__cvta_generic_to_shared(shared));
-        if constexpr (BYTES == 16) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global) : "memory");
-        } else {
-            asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(to), "l"(global), "n"(BYTES) : "memory");
-        }
+    if constexpr (BYTES == 16) {
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
+        return;
+    } else if constexpr (BYTES >= 4) {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared), "l"(global), "n"(BYTES) : "memory");
         return;
     }
 #endif
-    *static_cast<R*>(shared) = load_constant(static_cast<const R*>(global));
+    *static_cast<R*>(shared_pointer(shared)) = load_constant(static_cast<const R*>(global));
+}
+template <int BYTES> __device__ inline void copy_async(void* shared, const void* global) {
+    if constexpr (HAS_COPIES && BYTES >= 4) {
+        copy_async<BYTES>(shared_address(shared), global);
+    } else {
+        using R = typename Raw<BYTES>::type;
+        *static_cast<R*>(shared) = load_constant(static_cast<const R*>(global));
+    }
 }
 
 // What was asked for so far is a batch.

@@ -8,8 +8,10 @@
 #define NORM_NAME(kernel, suffix, tail) NORM_NAME_(kernel, suffix, tail)
 #define NORM_VECTOR int(16 / sizeof(ELEMENT))
 
+#define NORM_NAMED(name, tail, kernel, vector, threads, blocks, ...) \
+    NORM_ENTRY(NORM_NAME(name, SUFFIX, tail), threads, blocks) { kernel<ELEMENT, vector __VA_OPT__(,) __VA_ARGS__>(p); }
 #define NORM_ONE(kernel, tail, vector, threads, blocks, ...) \
-    NORM_ENTRY(NORM_NAME(kernel, SUFFIX, tail), threads, blocks) { kernel<ELEMENT, vector __VA_OPT__(,) __VA_ARGS__>(p); }
+    NORM_NAMED(kernel, tail, kernel, vector, threads, blocks __VA_OPT__(,) __VA_ARGS__)
 #define NORM_BOTH(kernel, threads, blocks, ...) \
     NORM_ONE(kernel, , NORM_VECTOR, threads, blocks __VA_OPT__(,) __VA_ARGS__) \
     NORM_ONE(kernel, _scalar, 1, threads, blocks __VA_OPT__(,) __VA_ARGS__)
@@ -26,8 +28,8 @@
 #endif
 
 // Clusters of 8 blocks, the most that every device with clusters takes.
-#define NORM_CLUSTER(name, tail, kernel, vector, threads, blocks) \
-    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, tail), threads, blocks, 8) { kernel<ELEMENT, vector, 8>(p); }
+#define NORM_CLUSTER(name, tail, kernel, vector, threads, blocks, ...) \
+    NORM_CLUSTER_ENTRY(NORM_NAME(name, SUFFIX, tail), threads, blocks, 8) { kernel<ELEMENT, vector, 8 __VA_OPT__(,) __VA_ARGS__>(p); }
 #define NORM_CLUSTERS(name, kernel, threads, blocks) \
     NORM_CLUSTER(name, , kernel, NORM_VECTOR, threads, blocks) \
     NORM_CLUSTER(name, _scalar, kernel, 1, threads, blocks)

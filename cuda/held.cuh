@@ -120,7 +120,7 @@ __device__ inline Moments<A> group_moments(const Params& p, Group<A, C>& group, 
     });
     between();
     // A slice, or a warp's part of it, may be empty.
-    const A inverse = count ? quick_inverse(A(count)) : A(0), mean = lanes_sum(sum_of(sums), group.width) * inverse;
+    const A inverse = count ? quick_inverse(A(count)) : A(0), mean = rounded_product(lanes_sum(sum_of(sums), group.width), inverse);
     held.each([&](u32, const A(&x)[V]) {
 #pragma unroll
         for (int v = 0; v < V; ++v) {
@@ -217,8 +217,9 @@ template <class T, int V, int C> __device__ void forward_held(const Params& p) {
     group.leave();
 }
 
-// Of a thread of forward_kept and forward_several: src/cuda/plan/held.rs counts the same.
-constexpr int KEPT_BYTES = 128;
+// Of a thread of forward_kept and forward_several: src/cuda/plan/held.rs counts the same. A pack of one element takes a
+// register, whatever its size.
+template <class T, int V> constexpr int KEPT_BYTES = V == 1 && sizeof(T) == 2 ? 32 : 128;
 
 // The output of a set or chunk in registers, with plain parameters. `one` is the whole set's, where it has one.
 template <class T, int V, class Where, class A, class H>
@@ -240,7 +241,7 @@ template <class T, int V, int C> __device__ void forward_kept(const Params& p) {
     Group<A, C> group(blockDim.x, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), blockDim.x, threadIdx.x);
     const Place at = place_set(p, blockIdx.x / C);
-    InRegisters<T, V, C, KEPT_BYTES> held(p, slice, at, static_cast<const T*>(p.x) + at.x_base);
+    InRegisters<T, V, C, KEPT_BYTES<T, V>> held(p, slice, at, static_cast<const T*>(p.x) + at.x_base);
     ask_params<T>(p, slice, at);
     const OneParam<A> one = plain_param<A, T>(p, at.first_param);
     const Summary<A> summary(p, group_moments(p, group, slice, held));
@@ -272,7 +273,7 @@ template <class T, int V> __device__ void forward_several(const Params& p) {
     ask_params<T>(p, slice, place_set(p, set - mine));
     for (; set - mine < sets; set += step) {
         copies_done();
-        InRegisters<T, V, 1, KEPT_BYTES> held(slice, memory);
+        InRegisters<T, V, 1, KEPT_BYTES<T, V>> held(slice, memory);
         const Summary<A> summary(p, group_moments(p, group, slice, held, [&] { ask(set + step); }));
         if (set >= sets) continue;
         const Place at = place_set(p, set);

@@ -154,6 +154,28 @@ struct Work {
     __device__ u64 first_param(const Params& p) const { return line * p.set_params + (p.tokens ? sample * p.params : 0); }
 };
 
+// The gradients of a thread's columns, or a worker's parts of them, once all rows are seen. `memory` held the rows.
+template <class T, int V, int N, int C, class A>
+__device__ inline void put_columns(const Params& p, const Work& work, const Slice<V, C>& slice, A* memory, u32 per_block, u32 mine,
+                                   A (&dweight)[N * V], A (&dbias)[N * V]) {
+    if (!p.has(WANT_PARAMS)) return;
+    if (per_block > 1) {
+        add_groups(dweight, memory, p.lanes);
+        add_groups(dbias, memory, p.lanes);
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+        const u32 unit = slice.lane + k * slice.lanes;
+        if (mine != per_block - 1 || unit >= slice.units) continue;
+        const u64 param = work.first_param(p) + (slice.first + unit) * V;
+        if (p.param_parts) {
+            put_param_parts<V>(p, work.copy, param, dweight + k * V, dbias + k * V);
+        } else {
+            put_param_gradients<T, V>(p, param, dweight + k * V, dbias + k * V);
+        }
+    }
+}
+
 // A row, or a tile of one: its elements are neighbours, and so are their parameters.
 struct Row {
     u64 base, x_base, first_param;
@@ -269,24 +291,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         }
         if (p.stages == 1) ask(row + per_block, 0);
     }
-    if (p.has(WANT_PARAMS)) {
-        if (per_block > 1) {
-            A* shared = reinterpret_cast<A*>(memory);
-            add_groups(dweight, shared, p.lanes);
-            add_groups(dbias, shared, p.lanes);
-        }
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const u32 unit = slice.lane + k * slice.lanes;
-            if (mine != per_block - 1 || unit >= slice.units) continue;
-            const u64 param = work.first_param(p) + (slice.first + unit) * V;
-            if (p.param_parts) {
-                put_param_parts<V>(p, work.copy, param, dweight + k * V, dbias + k * V);
-            } else {
-                put_param_gradients<T, V>(p, param, dweight + k * V, dbias + k * V);
-            }
-        }
-    }
+    put_columns<T, V, N>(p, work, slice, reinterpret_cast<A*>(memory), per_block, mine, dweight, dbias);
     group.leave();
 }
 

@@ -50,6 +50,23 @@ template <class A> __device__ inline A lanes_sum(A v, u32 width) {
     return v;
 }
 
+// The same of K values: steps of one do not wait for those of another.
+template <int K, class A> __device__ inline void lanes_sums(A (&v)[K], u32 width) {
+    if (width == 32) {
+#pragma unroll
+        for (u32 o = 16; o > 0; o /= 2) {
+#pragma unroll
+            for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(FULL, v[k], o);
+        }
+        return;
+    }
+#pragma unroll 1
+    for (u32 o = width / 2; o > 0; o /= 2) {
+#pragma unroll
+        for (int k = 0; k < K; ++k) v[k] += __shfl_xor_sync(FULL, v[k], o);
+    }
+}
+
 // Close to 1 / v, for numbers that choose a pivot or scale what a rounding has left.
 template <class A> __device__ inline A quick_inverse(A v) {
 #ifndef NORM_EMULATION
@@ -62,7 +79,7 @@ template <class A> __device__ inline A quick_inverse(A v) {
 }
 
 // Takes in what the rounding of the mean has left, the mean of the differences to it.
-template <class A> __device__ inline void correct(A low, A count, Moments<A>& m) {
+template <class A, class N> __device__ inline void correct(A low, A count, Moments<A, N>& m) {
     m.low = low;
     m.m2 -= low * low * count;
     m.m2 = m.m2 < 0 ? A(0) : m.m2;
@@ -70,29 +87,12 @@ template <class A> __device__ inline void correct(A low, A count, Moments<A>& m)
 
 // Merges the moments of groups of `width` lanes at once, around the mean of their means; `total` is all that they
 // count. Fewer steps than merging them by pairs, no division, and the result in every lane.
-template <class A> __device__ inline void lanes_combine(Moments<A>& m, u32 total, u32 width) {
-    const A count = A(m.count), share = total ? count * quick_inverse(A(total)) : A(0);
-    const A mean = lanes_sum(m.mean * share, width), d = (m.mean - mean) + m.low;
+template <class A, class N> __device__ inline void lanes_combine(Moments<A, N>& m, N total, u32 width) {
+    const A count = A(m.count), share = total != 0 ? count * quick_inverse(A(total)) : A(0);
+    const A mean = lanes_sum(rounded_product(m.mean, share), width), d = (m.mean - mean) + m.low;
     const A m2 = lanes_sum(m.m2 + count * d * d, width);
     m = {mean, 0, m2, total};
-    correct(lanes_sum(share * d, width), A(total), m);
-}
-
-// Merges moments over groups of `width` lanes in a fixed order, the result in every lane.
-template <class A, class N> __device__ inline void lanes_merge(Moments<A, N>& m, u32 width) {
-#pragma unroll 1
-    for (u32 o = width / 2; o > 0; o /= 2) {
-        Moments<A, N> other;
-        other.mean = __shfl_down_sync(FULL, m.mean, o, width);
-        other.low = __shfl_down_sync(FULL, m.low, o, width);
-        other.m2 = __shfl_down_sync(FULL, m.m2, o, width);
-        other.count = __shfl_down_sync(FULL, m.count, o, width);
-        merge(m, other);
-    }
-    m.mean = __shfl_sync(FULL, m.mean, 0, width);
-    m.low = __shfl_sync(FULL, m.low, 0, width);
-    m.m2 = __shfl_sync(FULL, m.m2, 0, width);
-    m.count = __shfl_sync(FULL, m.count, 0, width);
+    correct(lanes_sum(rounded_product(share, d), width), A(total), m);
 }
 
 // The number of this block in its cluster of C.
@@ -190,15 +190,6 @@ template <class A, int C> struct Exchange {
         asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
 #endif
     }
-
-  private:
-    __device__ static u32 shared_address(const void* shared) {
-#ifdef NORM_EMULATION
-        return 0;
-#else
-        return u32(__cvta_generic_to_shared(shared));
-#endif
-    }
 };
 
 // The threads that share a set: 8, 16 or 32 lanes of a warp, or a whole block, or a cluster of C.
@@ -226,13 +217,13 @@ template <class A, int C> struct Group {
 
     // Sums of K values over the group, the same bits in every thread.
     template <int K> __device__ void sum(A (&v)[K]) {
-#pragma unroll
-        for (int k = 0; k < K; ++k) v[k] = lanes_sum(v[k], width);
+        lanes_sums(v, width);
         if (lanes > 32) {
             const A* all = in_block(v);
             const u32 warps = lanes / 32, i = threadIdx.x & (warps - 1);
 #pragma unroll
-            for (int k = 0; k < K; ++k) v[k] = lanes_sum(all[k * WARPS + i], warps);
+            for (int k = 0; k < K; ++k) v[k] = all[k * WARPS + i];
+            lanes_sums(v, warps);
         }
         if constexpr (C > 1) {
             const A* box = exchange.all(v);

@@ -75,10 +75,9 @@ template <class A> struct Summary {
         normalize_pair(mean, low);
     }
     // As an earlier launch has left it: asked for at once, worked out when it is needed.
-    __device__ Summary(const Params& p, u64 set) {
-        const A* stats = static_cast<const A*>(p.stats) + set;
-        mean = load_constant(stats), low = load_constant(stats + p.sets), var = load_constant(stats + 2 * p.sets);
-    }
+    __device__ Summary(const Params& p, u64 set) : Summary(p, static_cast<const A*>(p.stats) + set) {}
+    __device__ Summary(const Params& p, const A* at)
+        : mean(load_constant(at)), low(load_constant(at + p.sets)), var(load_constant(at + 2 * p.sets)) {}
     __device__ Stats<A> stats(const Params& p) const { return {mean, low, inverse_sqrt(var + A(p.eps))}; }
     // Keeps it for the backward, and moves the running statistics where the set is all that there is of a channel.
     __device__ void write(const Params& p, u64 set) const {

@@ -65,9 +65,16 @@ pub(crate) enum Kernel {
     /// Gradients of sets held on chip whose columns all have their own parameter.
     BackwardRows,
     BackwardRowsCluster,
+    /// The same with nothing around the norm, single elements; and with twice the columns a thread.
+    BackwardPlain,
+    BackwardPlainWide,
+    BackwardPlainCluster,
     /// Gradients of other sets held on chip.
     BackwardSets,
     BackwardSetsCluster,
+    /// Output and gradients of rows held in registers, with a gate before the norm.
+    GatedForward,
+    GatedBackward,
     /// Moments of chunks of sets.
     SplitMoments,
     /// Output from given statistics, chunk by chunk.
@@ -195,7 +202,12 @@ table! {
     }
     "rows" ["f32" F32 "f16" F16 "bf16" BF16] {
         ForwardKept "forward_kept" vector
+        ForwardKept "forward_kept" scalar
         ForwardSeveral "forward_several" vector
+        BackwardPlain "backward_plain" scalar
+    }
+    "rows" ["f16" F16 "bf16" BF16] {
+        BackwardPlainWide "backward_plain_wide" vector
     }
     "cluster" ["f32" F32 "f16" F16 "bf16" BF16] {
         ForwardKeptCluster "forward_kept_cluster" vector
@@ -209,6 +221,13 @@ table! {
         ForwardCluster "forward_cluster" half
         ForwardKeptCluster "forward_kept_cluster" half
         BackwardSetsCluster "backward_sets_cluster" half
+        BackwardPlainCluster "backward_plain_cluster" vector
+    }
+    "gated" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {
+        GatedForward "gated_forward" vector
+        GatedForward "gated_forward" scalar
+        GatedBackward "gated_backward" vector
+        GatedBackward "gated_backward" scalar
     }
     "split" ["f32" F32 "f16" F16 "bf16" BF16 "f64" F64] {
         SplitMoments "split_moments" vector

@@ -135,15 +135,17 @@ fn code(op: &str, dtype: DType) -> Result<u32> {
 /// What stands around a norm and is done by its kernels.
 ///
 /// Parameters of each sample: where the normalized elements lie together. Blocks apart: the same, of a
-/// row each. A residual of another dtype than x, and a gate before the norm, whose product would have to be
-/// held unrounded, are left to candle's operations.
+/// row each. A residual of another dtype than x is left to candle's operations, and a gate before the norm where
+/// `plan::takes_gate_before` says so.
 fn fuses(norm: &Norm, x: DType) -> bool {
     let g = &norm.geometry;
     let residual = norm.fusion.residual.is_none_or(|residual| residual == x);
     let rows = g.rows == 1 && g.affine == Affine::Column { span: 1 } && g.run > 1 && g.run == g.width;
     let tokens = norm.fusion.tokens.is_none_or(|tokens| rows && tokens > 0 && g.outer.is_multiple_of(tokens));
     let blocks = norm.x_blocks.is_none() || g.rows == 1 && g.affine != Affine::Row;
-    residual && tokens && blocks && norm.fusion.gate != Some(Gate::Before)
+    let gate = norm.fusion.gate != Some(Gate::Before)
+        || Element::new(norm.name, x).is_ok_and(|element| plan::takes_gate_before(norm, element));
+    residual && tokens && blocks && gate
 }
 
 /// Addresses of a call's arguments, as far as they are known before anything is allocated.

@@ -14,10 +14,11 @@ mod tests;
 
 use super::entry::{Access, Element, Entry, Kernel};
 use super::params::{flags, Arguments, Divisor, Params, Schedule, Shape};
-use crate::fusion::{Activation, Fusion};
+use crate::fusion::{Activation, Fusion, Gate};
 use crate::geometry::{Affine, Geometry};
 use crate::request::Blocks;
 use candle_core::{bail, Result};
+pub(super) use held::takes_gate_before;
 
 /// Threads of a block that merges parts.
 const COMBINE_BLOCK: usize = 256;
@@ -27,9 +28,12 @@ const COMBINE_BLOCK: usize = 256;
 pub(super) fn bounds(kernel: Kernel) -> (usize, usize) {
     use Kernel::*;
     match kernel {
-        ForwardHeld | BackwardRows | BackwardSets => (held::MAX_BLOCK, 1),
+        ForwardHeld | BackwardRows | BackwardSets | GatedForward | GatedBackward => (held::MAX_BLOCK, 1),
+        BackwardPlain | BackwardPlainWide => (held::MAX_BLOCK, 1),
         ForwardKept | ForwardSeveral => (held::KEPT_BLOCK, 1),
-        ForwardCluster | ForwardKeptCluster | BackwardSetsCluster => (held::CLUSTER_BLOCK, held::CLUSTER),
+        ForwardCluster | ForwardKeptCluster | BackwardSetsCluster | BackwardPlainCluster => {
+            (held::CLUSTER_BLOCK, held::CLUSTER)
+        }
         BackwardRowsCluster => (held::MAX_BLOCK, held::CLUSTER),
         SplitColumnSums => (split::COLUMNS_BLOCK, 1),
         SplitMoments | SplitForward | SplitSums | SplitBackward => (split::BLOCK, 1),
@@ -93,6 +97,11 @@ impl Request {
     /// Whether something stands behind the affine map.
     fn is_fused(&self) -> bool {
         self.skip || self.gate || self.fusion.activation.is_some()
+    }
+
+    /// Whether `x * silu(gate)` is what is normalized.
+    fn gated_before(&self) -> bool {
+        self.fusion.gate == Some(Gate::Before)
     }
 
     /// Blocks that share parameters.
@@ -223,6 +232,10 @@ pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNee
         }
         return Ok(plan.done());
     }
+    if r.gated_before() {
+        held::gated_forward(&mut plan, needs)?;
+        return Ok(plan.done());
+    }
     // The average over several samples needs them all.
     let averaged = needs.momentum.is_some() && r.geometry.outer > 1;
     let by_columns = by_columns(r, affinity);
@@ -261,6 +274,7 @@ pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardN
         return Ok(plan.done());
     }
     match by_columns(r, affinity) {
+        _ if r.gated_before() => held::gated_backward(&mut plan, needs)?,
         true => columns::backward(&mut plan, needs)?,
         false => held::backward(&mut plan, needs)?,
     }

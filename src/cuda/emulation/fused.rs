@@ -67,6 +67,10 @@ struct Tensors {
 }
 
 impl Case {
+    fn before(&self) -> bool {
+        self.fusion.gate == Some(Gate::Before)
+    }
+
     fn norm(&self) -> Norm {
         let mut norm = Norm::new("test", self.geometry, EPS);
         norm.fusion = self.fusion;
@@ -89,7 +93,7 @@ impl Case {
             gate: of(4, 0.1),
             dy: of(5, 0.1),
             weight: f32s(6, 1.0 - self.fusion.weight_offset),
-            bias: f32s(7, 0.3),
+            bias: if self.before() { vec![0.0; params] } else { f32s(7, 0.3) },
         }
     }
 
@@ -141,6 +145,11 @@ fn oracle(case: &Case, t: &Tensors) -> Oracle {
         true => case.round(all().map(|i| t.x[i] + t.residual[i]).collect()),
         false => t.x.clone(),
     };
+    let silu = |v: f64| v * sigmoid(v);
+    let sum: Vec<f64> = match case.before() {
+        true => all().map(|i| sum[i] * silu(t.gate[i])).collect(),
+        false => sum,
+    };
     let n = g.set_len() as f64;
     let (mut mean, mut var) = (vec![0.0; g.sets()], vec![0.0; g.sets()]);
     if g.center {
@@ -152,8 +161,7 @@ fn oracle(case: &Case, t: &Tensors) -> Oracle {
     let weight = |i: usize| t.weight[case.place(i).1] + case.fusion.weight_offset;
     let z =
         |i: usize| xhat(i) * weight(i) + t.bias[case.place(i).1] + if case.skip { t.skip[i] } else { 0.0 };
-    let silu = |v: f64| v * sigmoid(v);
-    let gated = case.fusion.gate.is_some();
+    let gated = case.fusion.gate == Some(Gate::After);
     let y = all().map(|i| match (case.fusion.activation, gated) {
         (_, true) => z(i) * silu(t.gate[i]),
         (Some(activation), _) => value(activation, z(i)),
@@ -180,7 +188,14 @@ fn oracle(case: &Case, t: &Tensors) -> Oracle {
         let s = case.place(i).0;
         (dz[i] * weight(i) - first[s] - xhat(i) * second[s]) * rstd(s)
     };
-    Oracle { y: y.collect(), dx: all().map(dx).collect(), sum, dz, dgate, dweight, dbias }
+    let dx: Vec<f64> = all().map(dx).collect();
+    if case.before() {
+        // What was normalized is a product: its gradient goes on to both of its factors.
+        let dgate = all().map(|i| dx[i] * t.x[i] * slope(Activation::Silu, t.gate[i])).collect();
+        let dx = all().map(|i| dx[i] * silu(t.gate[i])).collect();
+        return Oracle { y: y.collect(), dx, sum, dz, dgate, dweight, dbias };
+    }
+    Oracle { y: y.collect(), dx, sum, dz, dgate, dweight, dbias }
 }
 
 fn check(device: DeviceProperties, case: &Case) -> Result<()> {
@@ -194,12 +209,12 @@ fn check(device: DeviceProperties, case: &Case) -> Result<()> {
     fn arg(storage: &CpuStorage) -> Arg<'_, CpuStorage> {
         Arg { storage, offset: 0 }
     }
-    let gated = case.fusion.gate.is_some();
+    let (gated, has_bias) = (case.fusion.gate.is_some(), !case.before());
     let got = run_forward(
         &machine,
         Forward {
             weight: Some(arg(&weight)),
-            bias: Some(arg(&bias)),
+            bias: has_bias.then(|| arg(&bias)),
             residual: case.residual.then(|| arg(&residual)),
             skip: case.skip.then(|| arg(&skip)),
             gate: gated.then(|| arg(&gate)),
@@ -227,7 +242,7 @@ fn check(device: DeviceProperties, case: &Case) -> Result<()> {
     };
     let norm = Norm { x_blocks, ..case.norm() };
     let backward = |want| {
-        let (weight, bias) = (Some(arg(&weight)), Some(arg(&bias)));
+        let (weight, bias) = (Some(arg(&weight)), has_bias.then(|| arg(&bias)));
         let (skip, gate) = (case.skip.then(|| arg(&skip)), gated.then(|| arg(&gate)));
         run_backward(
             &machine,
@@ -242,7 +257,8 @@ fn check(device: DeviceProperties, case: &Case) -> Result<()> {
         )
     };
     let f32s = Some(DType::F32);
-    let want = Want { dx: true, dweight: f32s, dbias: f32s, dskip: case.skip, dgate: gated };
+    let dbias = f32s.filter(|_| has_bias);
+    let want = Want { dx: true, dweight: f32s, dbias, dskip: case.skip, dgate: gated };
     let all = backward(want)?;
     // dz is rounded on its way where a set is held, which the sums of n of them see.
     let rounding = 1e-8 + 8.0 * one * scale;
@@ -255,13 +271,18 @@ fn check(device: DeviceProperties, case: &Case) -> Result<()> {
     assert_eq!(dgate, gated);
     assert!(assert_close_if(&what("dx"), all.dx.as_ref(), &expected.dx, rounding));
     assert!(assert_close_if(&what("dweight"), all.dweight.as_ref(), &expected.dweight, 1e-7 + 4.0 * sum));
-    assert!(assert_close_if(&what("dbias"), all.dbias.as_ref(), &expected.dbias, 1e-7 + 4.0 * sum));
+    let dbias = assert_close_if(&what("dbias"), all.dbias.as_ref(), &expected.dbias, 1e-7 + 4.0 * sum);
+    assert_eq!(dbias, has_bias);
     // Each alone: the same bits.
     let only_dx = backward(Want { dx: true, ..Want::default() })?;
     assert_eq!(only_dx.dx.map(|dx| to_f64(&dx)), all.dx.map(|dx| to_f64(&dx)), "{}", what("dx alone"));
     if case.skip {
         let alone = backward(Want { dskip: true, ..Want::default() })?;
         assert!(assert_close_if(&what("dskip alone"), alone.dskip.as_ref(), &expected.dz, rounding));
+    }
+    if gated {
+        let alone = backward(Want { dgate: true, ..Want::default() })?;
+        assert_eq!(alone.dgate.map(|d| to_f64(&d)), all.dgate.map(|d| to_f64(&d)), "{}", what("dgate alone"));
     }
     Ok(())
 }
@@ -294,6 +315,7 @@ fn families(dtype: DType) -> Vec<(DeviceProperties, Geometry)> {
     if dtype != DType::F64 {
         let few = [rows(2, 15 * per), batch(2, 2, 15 * per), groups(1, 2, 3, 5 * per)];
         all.extend(few.map(|geometry| (small(90), geometry)));
+        all.push((sm90, rows(2, 20 * per)));
     }
     all
 }
@@ -327,6 +349,31 @@ fn residuals_offsets_and_gates() -> Result<()> {
             let fusion = Fusion { gate: Some(Gate::After), ..Fusion::default() };
             check(device, &Case { fusion, ..case(geometry, dtype) })?;
         }
+    }
+    Ok(())
+}
+
+/// Rows that several groups of a block have, that are no multiple of an access, as long as a block takes, one by one
+/// and apart.
+#[test]
+pub(super) fn gates_before_the_norm() -> Result<()> {
+    let fusion = Fusion { gate: Some(Gate::Before), ..Fusion::default() };
+    for dtype in DTYPES {
+        let most = if dtype == DType::F64 { 4096 } else { 8192 };
+        for (outer, n) in
+            [(3, 1), (7, 31), (300, 48), (40, 640), (5, 1001), (3, 5120 / 2), (3, most), (2, most - 3)]
+        {
+            let geometry = Geometry { center: false, ..rows(outer, n) };
+            for device in [large(70), large(90), DeviceProperties { multiprocessors: 2, ..large(80) }] {
+                check(device, &Case { fusion, ..case(geometry, dtype) })?;
+            }
+        }
+        let geometry = Geometry { center: false, ..rows(12, 48) };
+        let blocks = Blocks { dims: [1, 2, 3, 2], strides: [0, 12 * 48, 48, 5 * 48] };
+        check(large(80), &Case { fusion, blocks: Some(blocks), ..case(geometry, dtype) })?;
+        // What no block takes is refused, so that candle's operations have it.
+        let long = Geometry { center: false, ..rows(1, most + 1) };
+        assert!(check(large(80), &Case { fusion, ..case(long, dtype) }).is_err(), "{dtype:?}");
     }
     Ok(())
 }

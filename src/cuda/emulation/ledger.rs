@@ -33,7 +33,8 @@ fn sample(launch: &Launch, params: &Params) -> (u32, u32) {
             (6, clusters / (chunks * params.shape.outer))
         }
         // Each has many rows, one as many as the next.
-        BackwardRows | BackwardRowsCluster => (2, 1),
+        BackwardRows | BackwardRowsCluster | BackwardPlain | BackwardPlainWide | BackwardPlainCluster
+        | GatedBackward => (2, 1),
         SplitColumnSums => (2, params.schedule.part_width),
         _ => (6, 1),
     };

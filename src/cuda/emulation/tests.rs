@@ -405,6 +405,7 @@ fn every_kernel_runs_and_is_right() -> Result<()> {
         all.into_iter().try_for_each(|one| one.join().expect("no panic"))
     })?;
     running_statistics()?;
+    super::fused::gates_before_the_norm()?;
     let never: Vec<_> =
         launches().into_iter().filter(|(_, count)| *count == 0).map(|(entry, _)| entry.name()).collect();
     assert!(never.is_empty(), "kernels that no case reaches: {never:?}");

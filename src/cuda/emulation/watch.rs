@@ -101,6 +101,7 @@ pub(super) fn moved(plan: &Plan, params: &Params) -> Result<()> {
 fn idle_reads(launch: &Launch, params: &Params) -> u64 {
     let (inputs, element) = match launch.entry.kernel() {
         Kernel::ForwardHeld => (1, launch.entry.element()),
+        Kernel::GatedForward => (1, launch.entry.element()),
         Kernel::BackwardSets => (2, launch.entry.element()),
         _ => return 0,
     };

@@ -14,6 +14,7 @@ macro_rules! stems {
 stems! {
     "rows_f32" "rows_f16" "rows_bf16" "rows_f64"
     "cluster_f32" "cluster_f16" "cluster_bf16"
+    "gated_f32" "gated_f16" "gated_bf16" "gated_f64"
     "split_f32" "split_f16" "split_bf16" "split_f64"
     "columns_f32" "columns_f16" "columns_bf16" "columns_f64"
     "combine_f32" "combine_f64"

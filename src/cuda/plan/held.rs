@@ -6,7 +6,9 @@
 use super::{residency, split, Affinity, BackwardNeeds, Builder, ForwardNeeds};
 use crate::cuda::entry::{Access, Element, Kernel};
 use crate::cuda::params::Divisor;
-use candle_core::Result;
+use crate::geometry::Affine;
+use crate::request::Norm;
+use candle_core::{bail, Result};
 
 /// Bytes of a set for each of its threads: eight accesses of 16. What a thread does once for a set, some five hundred
 /// instructions, is then as many as eight of them cost (`cuda/roofline.txt`).
@@ -23,6 +25,8 @@ const ALONE_BYTES: usize = 96 << 10;
 pub(crate) const CLUSTER: usize = 8;
 /// Bytes of a thread that `forward_kept` and `forward_several` have registers for (`KEPT_BYTES`).
 pub(crate) const KEPT_BYTES: usize = 128;
+/// The same of single elements of two bytes, which take a register each.
+pub(crate) const KEPT_SINGLE_BYTES: usize = 32;
 /// Threads of its widest blocks.
 pub(crate) const KEPT_BLOCK: usize = 256;
 
@@ -144,23 +148,32 @@ impl Builder<'_> {
     }
 
     fn lanes_for(&self, slice: usize) -> usize {
-        (slice * self.r.element.bytes()).div_ceil(THREAD_BYTES).next_power_of_two()
+        // Where the length leaves accesses of two bytes, a thread has a quarter of them: of an H100's time for 4096
+        // rows of 1023 bf16 three quarters, where rows of f32 would take 1.1 times theirs.
+        let span = if self.affinity == Affinity::Span { self.shape.span as usize } else { 4 };
+        let odd = (self.g.run % 4 != 0 || span % 4 != 0) && self.r.element.bytes() == 2;
+        let each = if odd { THREAD_BYTES / 4 } else { THREAD_BYTES };
+        (slice * self.r.element.bytes()).div_ceil(each).next_power_of_two()
     }
 
-    /// Whether registers may hold sets for the forward: in packs, and without a residual. Bits do not depend on it.
-    fn may_keep(&self, access: Access) -> bool {
+    /// Whether registers may hold sets for the forward: without a residual. Bits do not depend on it.
+    fn may_keep(&self) -> bool {
         self.is_plain()
             && !self.r.residual
             && (self.g.rows == 1 || self.affinity == Affinity::Set)
-            && !(access == Access::Scalar || self.r.element == Element::F64)
+            && self.r.element != Element::F64
             && self.g.sets() <= i32::MAX as usize / CLUSTER
     }
 
     /// Whether a set's share of a thread fits its registers.
     fn fits_registers(&self, access: Access, held: &Held) -> bool {
         let unit = self.unit(access);
+        // Single elements, for which there is no kernel of clusters and none of several sets.
+        let single = access == Access::Scalar;
+        let bytes = if single && self.r.element.bytes() == 2 { KEPT_SINGLE_BYTES } else { KEPT_BYTES };
         held.block <= KEPT_BLOCK
-            && (held.slice / unit).div_ceil(held.lanes) * unit * self.r.element.bytes() <= KEPT_BYTES
+            && (held.slice / unit).div_ceil(held.lanes) * unit * self.r.element.bytes() <= bytes
+            && (!single || (held.cluster == 1 && held.sets_per_block() == 1))
     }
 
     /// Launches a block, or a cluster, for every set. Where a block has several, as many blocks as are resident at once:
@@ -192,8 +205,8 @@ impl Builder<'_> {
 pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
     let access = b.access(b.g.run);
     b.set_segments(b.runs());
-    let may_keep = b.may_keep(access);
-    let alone = if may_keep { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
+    let may_keep = b.may_keep();
+    let alone = if may_keep && access != Access::Scalar { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
     let held = b.place(access, true, alone, |slice| b.held_bytes(slice));
     let Some(held) = held.filter(|_| !needs.given) else {
         return split::forward(b, needs);
@@ -253,30 +266,70 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
     }
 }
 
-/// Where the rows of `backward_rows` are held: as many threads as the registers of their columns take.
-fn place_rows(b: &Builder, access: Access) -> Option<(Held, usize)> {
-    let (n, unit, each) = (b.g.set_len(), b.unit(access), backward_elements(b.r.element));
-    let clusters: &[usize] = match b.has_clusters() && access == Access::Vector {
-        true => &[1, CLUSTER],
-        false => &[1],
+/// Where the rows of `backward_rows` and `backward_plain` are held, and by which of them.
+struct Rows {
+    kernel: Kernel,
+    held: Held,
+    /// Rows in memory at once, of each group of threads.
+    stages: usize,
+}
+
+/// As many threads as the registers of a row's columns take.
+fn place_rows(b: &Builder, access: Access) -> Option<Rows> {
+    let (n, unit, element) = (b.g.set_len(), b.unit(access), b.r.element);
+    let each = backward_elements(element);
+    let plain = !b.r.is_fused() && element != Element::F64;
+    // Kernels, blocks of a cluster, columns and threads at most.
+    let kernels: &[_] = match access {
+        Access::Scalar if plain => &[(Kernel::BackwardPlain, 1, each, MAX_BLOCK)],
+        // Twice as many f32 of a row would leave no memory for the next row.
+        Access::Vector if plain && element.bytes() == 2 => &[
+            (Kernel::BackwardRows, 1, each, MAX_BLOCK),
+            (Kernel::BackwardPlainWide, 1, 2 * each, MAX_BLOCK),
+            (Kernel::BackwardPlainCluster, CLUSTER, 2 * each, CLUSTER_BLOCK),
+        ],
+        _ => &[
+            (Kernel::BackwardRows, 1, each, MAX_BLOCK),
+            (Kernel::BackwardRowsCluster, CLUSTER, each, MAX_BLOCK),
+        ],
     };
-    let cluster = *clusters.iter().find(|&&cluster| n <= cluster * MAX_BLOCK * each)?;
+    let clusters = b.has_clusters() && access == Access::Vector;
+    let fits = |&&(_, cluster, each, block): &&_| (cluster == 1 || clusters) && n <= cluster * block * each;
+    let &(kernel, cluster, each, _) = kernels.iter().find(fits)?;
     let slice = (n / unit).div_ceil(cluster) * unit;
     let lanes = slice.div_ceil(each).next_power_of_two().max(if cluster == 1 { 8 } else { 64 });
     let block = if lanes <= 32 { SEVERAL_BLOCK } else { lanes };
-    let stage = b.held_both(slice) * (block / lanes);
+    let room = b.held_both(slice) * (block / lanes);
+    // Of the next rows, and of the weights for which a thread has no registers.
+    let (stage, weights) = match kernel {
+        Kernel::BackwardPlain => (0, 0),
+        Kernel::BackwardPlainWide | Kernel::BackwardPlainCluster => (room, block * each * b.accumulator()),
+        _ => (room, 0),
+    };
     // At the end the groups of a block add up their columns in the same memory.
     let added = if block > lanes { each * lanes * b.accumulator() } else { 0 };
     [2, 1].into_iter().find_map(|stages| {
-        let shared = b.slots() + (stages * stage).max(added);
-        (shared <= b.device.shared as usize)
-            .then_some((Held { cluster, slice, lanes, block, shared }, stages))
+        let shared = b.slots() + (stages * stage + weights).max(added);
+        let held = Held { cluster, slice, lanes, block, shared };
+        (shared <= b.device.shared as usize).then_some(Rows { kernel, held, stages })
     })
 }
 
-fn backward_rows(b: &mut Builder, needs: &BackwardNeeds, access: Access, rows: (Held, usize)) -> Result<()> {
-    let (held, stages) = rows;
-    let kernel = if held.cluster == 1 { Kernel::BackwardRows } else { Kernel::BackwardRowsCluster };
+fn backward_rows(b: &mut Builder, needs: &BackwardNeeds, access: Access, rows: Rows) -> Result<()> {
+    let Rows { kernel, held, stages } = rows;
+    b.schedule.stages = stages as u32;
+    b.passes(2 + needs.dx as usize);
+    share_rows(b, needs, kernel, access, held)
+}
+
+/// Launches blocks that go from row to row and add up the gradients of parameters.
+fn share_rows(
+    b: &mut Builder,
+    needs: &BackwardNeeds,
+    kernel: Kernel,
+    access: Access,
+    held: Held,
+) -> Result<()> {
     let entry = b.entry(kernel, access)?;
     let resident = residency::resident(entry, b.device, held.block, held.shared);
     let lines = b.g.sets_per_outer() * b.r.samples();
@@ -285,17 +338,59 @@ fn backward_rows(b: &mut Builder, needs: &BackwardNeeds, access: Access, rows: (
     let turns = b.r.tokens().div_ceil(held.sets_per_block()).div_ceil(workers);
     let workers = b.r.tokens().div_ceil(turns * held.sets_per_block());
     b.schedule.lanes = held.lanes as u32;
-    b.schedule.stages = stages as u32;
     b.schedule.copies = workers as u64;
     let grid = workers * lines * held.cluster;
     b.launch_cluster(kernel, access, grid, held.block, held.shared, held.cluster)?;
-    b.passes(2 + needs.dx as usize);
     // One worker of x's dtype has the gradients themselves: a launch less where a step decodes.
     let whole = workers == 1 && needs.as_x;
     match needs.params() && !whole {
         true => b.reduce_parts(workers, b.g.params() * b.r.samples()),
         false => Ok(()),
     }
+}
+
+/// Whether there are kernels for a gate before this norm: an RMS norm of rows, which a block's registers take. What
+/// is longer, 8192 elements (4096 of f64), would have to be held unrounded somewhere else, and is left to candle's
+/// operations.
+pub(crate) fn takes_gate_before(norm: &Norm, element: Element) -> bool {
+    let (g, f) = (&norm.geometry, &norm.fusion);
+    let rows = !g.center && g.rows == 1 && g.run == g.width && g.affine == Affine::Column { span: 1 };
+    let alone = f.activation.is_none() && f.residual.is_none() && f.tokens.is_none() && !f.skip;
+    rows && alone && g.run <= MAX_BLOCK * backward_elements(element)
+}
+
+/// Where the rows of the gated kernels are held: in registers.
+fn place_gated(b: &Builder) -> (Access, Held) {
+    let access = match b.access(b.g.run) {
+        Access::Vector => Access::Vector,
+        _ => Access::Scalar,
+    };
+    let (n, each) = (b.g.set_len(), backward_elements(b.r.element));
+    let lanes = n.div_ceil(each).next_power_of_two().max(8);
+    let block = if lanes <= 32 { SEVERAL_BLOCK } else { lanes };
+    // Through which groups add up their columns at the end, as in `place_rows`.
+    let added = if block > lanes { each * lanes * b.accumulator() } else { 0 };
+    (access, Held { cluster: 1, slice: n, lanes, block, shared: b.slots() + added })
+}
+
+pub(super) fn gated_forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<()> {
+    if needs.given || !needs.output || needs.momentum.is_some() || b.r.bias || !b.r.gate {
+        bail!("{}: a gate before the norm has own statistics and no bias, got {needs:?}, {:?}", b.r.name, b.r)
+    }
+    b.set_segments(b.runs());
+    let (access, held) = place_gated(b);
+    b.passes(2);
+    b.launch_held((Kernel::GatedForward, Kernel::GatedForward), access, held)
+}
+
+pub(super) fn gated_backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
+    if needs.fixed || needs.dbias || !b.r.gate {
+        bail!("{}: a gate before the norm has own statistics and no bias, got {needs:?}, {:?}", b.r.name, b.r)
+    }
+    b.set_segments(b.runs());
+    let (access, held) = place_gated(b);
+    b.passes(2 + needs.dx as usize);
+    share_rows(b, needs, Kernel::GatedBackward, access, held)
 }
 
 /// How the segments of a slice are shared out for their sums.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::cuda::entry::module::Module;
+use crate::request::Norm;
 use std::collections::HashSet;
 
 mod large;
@@ -147,6 +148,37 @@ fn forward_climbs_the_ladder() {
     }
 }
 
+/// x read once, the output or its gradient written once (and the gate alike, which passes do not count); what is refused is left to candle's operations.
+#[test]
+fn gates_before_the_norm_are_in_registers() {
+    use Kernel::*;
+    let fusion = Fusion { gate: Some(Gate::Before), ..Fusion::default() };
+    let rms = |n| Geometry { center: false, ..rows(512, n) };
+    let of = |n, element| Request { fusion, gate: true, bias: false, ..request(rms(n), element, true) };
+    let needs = BackwardNeeds { dbias: false, upstream: true, ..BACKWARD };
+    for (device, n, block) in [(SM70, 64, 256), (SM80, 4096, 256), (SM90, 5120, 512), (SM90, 8192, 512)] {
+        let r = of(n, Element::BF16);
+        let (kernels, passes) = summary(&forward(&r, &device, &FORWARD).unwrap(), &r);
+        assert_eq!((kernels[0].0, kernels[0].1, kernels.len(), passes), (GatedForward, block, 1, 2), "{n}");
+        let (kernels, passes) = summary(&backward(&r, &device, &needs).unwrap(), &r);
+        assert_eq!(kernels.iter().map(|k| k.0).collect::<Vec<_>>(), [GatedBackward, ReduceParams], "{n}");
+        assert_eq!((kernels[0].1, passes), (block, 3), "{n}");
+    }
+    let takes = |geometry, fusion, element| {
+        takes_gate_before(&Norm { fusion, ..Norm::new("test", geometry, 1e-5) }, element)
+    };
+    for (element, most) in [(Element::F16, 8192), (Element::F32, 8192), (Element::F64, 4096)] {
+        assert!(takes(rms(most), fusion, element) && !takes(rms(most + 1), fusion, element), "{element:?}");
+    }
+    assert!(!takes(rows(512, 64), fusion, Element::F32), "a norm that centers");
+    assert!(!takes(rms(64), Fusion { skip: true, ..fusion }, Element::F32), "a skip");
+    // What no caller asks for is an error, not another result.
+    let r = of(64, Element::F32);
+    assert!(forward(&Request { bias: true, ..r }, &SM80, &FORWARD).is_err());
+    assert!(forward(&r, &SM80, &ForwardNeeds { given: true, ..FORWARD }).is_err());
+    assert!(backward(&r, &SM80, &BackwardNeeds { fixed: true, ..needs }).is_err());
+}
+
 #[test]
 fn backward_climbs_the_ladder() {
     use Kernel::*;
@@ -159,12 +191,14 @@ fn backward_climbs_the_ladder() {
     let fixed = BackwardNeeds { fixed: true, ..BACKWARD };
     let table = [
         (SM70, rows(1000, 16), BACKWARD, vec![BackwardRows, ReduceParams], 3),
+        (SM90, rows(4096, 1023), BACKWARD, vec![BackwardPlain, ReduceParams], 3),
         (SM90, rows(8192, 4096), BACKWARD, vec![BackwardRows, ReduceParams], 3),
         (SM90, rows(8192, 4096), dx, vec![BackwardRows], 3),
-        (SM90, rows(1000, 65536), BACKWARD, vec![BackwardRowsCluster, ReduceParams], 3),
+        (SM80, rows(1000, 16384), BACKWARD, vec![BackwardPlainWide, ReduceParams], 3),
+        (SM90, rows(1000, 65536), BACKWARD, vec![BackwardPlainCluster, ReduceParams], 3),
         // One row is all there is of the parameters' gradients, unless they are of another dtype.
         (SM90, rows(1, 4096), BACKWARD, vec![BackwardRows], 3),
-        (SM90, rows(1, 65536), BACKWARD, vec![BackwardRowsCluster], 3),
+        (SM90, rows(1, 65536), BACKWARD, vec![BackwardPlainCluster], 3),
         (SM90, rows(1, 4096), BackwardNeeds { as_x: false, ..BACKWARD }, vec![BackwardRows, ReduceParams], 3),
         // Columns with gradients of their own and no cluster: sums and gradients in one pass of two.
         (

@@ -1,0 +1,8 @@
+// RMS norm with a gate before it, f16: a module of its own, which programs without one never load.
+#include "gated.cuh"
+#define ELEMENT __half
+#define SUFFIX f16
+#include "entries.cuh"
+
+NORM_BOTH(gated_forward, 512, 1)
+NORM_BOTH(gated_backward, 512, 1)
