@@ -151,7 +151,7 @@ impl Builder<'_> {
         // Where the length leaves accesses of two bytes, a thread has a quarter of them: of an H100's time for 4096
         // rows of 1023 bf16 three quarters, where rows of f32 would take 1.1 times theirs.
         let span = if self.affinity == Affinity::Span { self.shape.span as usize } else { 4 };
-        let odd = (self.g.run % 4 != 0 || span % 4 != 0) && self.r.element.bytes() == 2;
+        let odd = !(self.g.run.is_multiple_of(4) && span.is_multiple_of(4)) && self.r.element.bytes() == 2;
         let each = if odd { THREAD_BYTES / 4 } else { THREAD_BYTES };
         (slice * self.r.element.bytes()).div_ceil(each).next_power_of_two()
     }
