@@ -1,7 +1,7 @@
 //! Activations and their slopes: in vectors of f32, lane by lane of f64.
 //!
 //! Over all of f32 a value is at most 2 units in the last place from the exact one, where it is subnormal, too. A
-//! sigmoid's error is that of an exponential, a sum and a quotient, each rounded.
+//! sigmoid's error is that of an exponential, a sum and a quotient, each rounded; far below zero that of one rounding.
 
 #![allow(clippy::excessive_precision, unsafe_code)]
 
@@ -20,57 +20,68 @@ fn c<S: Simd>(s: S, x: f32) -> F<S> {
 /// `sqrt(8 / pi)`.
 const GELU_K: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::SQRT_2;
 
-/// From here on `x e^-x` has long been zero.
-const FAR: f32 = 112.0;
+/// Below it `x e^x` is zero in f32. An exponent may have been kept from falling further beside a v that has not.
+const FAR: f32 = -112.0;
 
 /// Above it `e^-x` is below `2^23.5`: beside it 1 is not lost.
 const NEAR: f32 = -16.0;
 
-/// `e^(x - less) = (1 + t) * b / a`, where `t` lies between -0.3 and 0.42 and `a`, `b` are powers of two: two of them, so
-/// that what they are multiplied with may stay normal until the last. As if x were no further from zero than `FAR`.
+/// No level has more lanes of f32.
+const LANES: usize = 16;
+
+/// A vector's lanes; zero in those that it does not have.
 #[inline(always)]
-fn exp_parts<S: Simd>(s: S, x: F<S>, less: F<S>) -> [F<S>; 3] {
-    // NaN stays.
-    let x = x.le(c(s, -FAR), c(s, -FAR), x);
-    let x = c(s, FAR).le(x, c(s, FAR), x);
-    // Rounds to an integer: the sum's last bit is worth 1.
-    let magic = c(s, 12_582_912.0);
-    let n = x.fma(c(s, std::f32::consts::LOG2_E), magic) - magic;
-    // ln 2 in two parts; the first has so few bits that the product is exact (Cody and Waite).
-    let r = n.fma(c(s, -0.693_359_375), x);
-    let r = n.fma(c(s, 2.121_944_4e-4), r) - less;
-    // Cephes' expf: a minimax polynomial on [-ln 2 / 2, ln 2 / 2].
-    let q = c(s, 1.987_569_1e-4).fma(r, c(s, 1.398_2e-3));
-    let q = q.fma(r, c(s, 8.333_452e-3));
-    let q = q.fma(r, c(s, 4.166_579_6e-2));
-    let q = q.fma(r, c(s, 1.666_666_5e-1));
-    let q = q.fma(r, c(s, 0.5));
-    let half = magic - n.fma(c(s, 0.5), magic);
-    let pow2 = |n: F<S>| (n + c(s, 8_388_608.0 + 127.0)).exponent();
-    [(r * r).fma(q, r), pow2(half), pow2(n + half)]
+fn lanes<S: Simd>(v: F<S>) -> [f32; LANES] {
+    let mut lanes = [0.0; LANES];
+    // SAFETY: no level has more.
+    unsafe { Convert::<S, f32, f32>::store(v, lanes.as_mut_ptr(), false) };
+    lanes
+}
+
+#[inline(always)]
+fn vector<S: Simd>(s: S, lanes: &[f32; LANES]) -> F<S> {
+    // SAFETY: no level has more.
+    unsafe { Convert::<S, f32, f32>::load(s, lanes.as_ptr()) }
 }
 
 /// `v / (1 + e^-(x + more))`, exact where the quotient is small, too; v is x or about as large, or 1.
 #[inline(always)]
-fn times_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
-    let near = times_near_sigmoid(s, v, [x, more]);
-    match x.above(c(s, NEAR)) {
-        true => near,
-        // By lane: bits of an element may not depend on its neighbours.
-        false => x.le(c(s, NEAR), times_far_sigmoid(s, v, [x, more]), near),
+fn times_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>, more: Option<F<S>>) -> F<S> {
+    let near = times_near_sigmoid(s, v, x, more);
+    if x.above(c(s, NEAR)) {
+        return near;
+    }
+    let more = lanes::<S>(more.unwrap_or(c(s, 0.0)));
+    let mut all = lanes::<S>(near);
+    times_far_sigmoid(&mut all, [lanes::<S>(v), lanes::<S>(x), more]);
+    vector(s, &all)
+}
+
+/// Of those x that are not above `NEAR`: what norms leave is hardly ever. By lane: bits of an element may not depend on
+/// its neighbours.
+#[cold]
+#[inline(never)]
+fn times_far_sigmoid(all: &mut [f32; LANES], [v, x, more]: [[f32; LANES]; 3]) {
+    for l in (0..LANES).filter(|l| x[*l] <= NEAR) {
+        let power = match x[l] <= FAR {
+            true => 0.0,
+            false => (f64::from(x[l]) + f64::from(more[l])).exp(),
+        };
+        all[l] = (f64::from(v[l]) * (power / (1.0 + power))) as f32;
     }
 }
 
 /// Of x above `NEAR`: `1 + 2^n` loses nothing that matters there, so that a power of two is enough.
 #[inline(always)]
-fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
+fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>, more: Option<F<S>>) -> F<S> {
     let x = c(s, 80.0).min(x);
     // Rounds to an integer, and leaves it where an exponent wants it: beside a sign.
     let magic = c(s, 12_582_912.0 + 256.0 + 127.0);
     let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
     let (n, minus_pow2) = (shifted - magic, shifted.exponent());
     let r = n.fma(c(s, 0.693_359_375), x);
-    let r = n.fma(c(s, -2.121_944_4e-4), r) + more;
+    let r = n.fma(c(s, -2.121_944_4e-4), r);
+    let r = more.map_or(r, |more| r + more);
     // e^-r = 1 - (r + r^2 q): minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
     let q = c(s, -1.381_454_1e-3).fma(r, c(s, 8.368_745_4e-3));
     let q = q.fma(r, c(s, -4.166_839e-2));
@@ -80,26 +91,15 @@ fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
     v.div(t.fma(minus_pow2, c(s, 1.0) - minus_pow2))
 }
 
-/// Of any x.
-#[inline(always)]
-fn times_far_sigmoid<S: Simd>(s: S, v: F<S>, [x, more]: [F<S>; 2]) -> F<S> {
-    let [t, a, b] = exp_parts(s, c(s, 0.0) - x, more);
-    // Rounds far from x = 0 only, and matters on one side: what it loses of a.
-    let sum = a + b;
-    let lost = (b - sum) + a;
-    // Far below it is zero; but of an infinite v NaN.
-    x.le(c(s, -FAR), v * c(s, 0.0), v.div(t.fma(b, lost) + sum) * a)
-}
-
 #[inline(always)]
 fn sigmoid<S: Simd>(s: S, x: F<S>) -> F<S> {
-    times_sigmoid(s, c(s, 1.0), [x, c(s, 0.0)])
+    times_sigmoid(s, c(s, 1.0), x, None)
 }
 
 /// `x * sigmoid(x)`.
 #[inline(always)]
 pub(super) fn silu<S: Simd>(s: S, x: F<S>) -> F<S> {
-    times_sigmoid(s, x, [x, c(s, 0.0)])
+    times_sigmoid(s, x, x, None)
 }
 
 /// `silu(x)`, for gradients, and its derivative: one sigmoid makes both.
@@ -109,17 +109,17 @@ pub(super) fn silu_both<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     [x * y, y * (x * (one - y) + one)]
 }
 
-/// `f` of each lane in f64.
-macro_rules! by_lane {
-    ($s:expr, $z:expr, $f:expr) => {{
-        let mut lanes = [0f32; 16];
-        // SAFETY: no level has more lanes.
-        unsafe {
-            Convert::<S, f32, f32>::store($z, lanes.as_mut_ptr(), false);
-            lanes.iter_mut().take(<F<S> as Vector<S, f32>>::W).for_each(|z| *z = $f(*z as f64) as f32);
-            <F<S> as Convert<S, f32, f32>>::load($s, lanes.as_ptr())
-        }
-    }};
+/// `f` of each lane in f64. Not inlined: it is long beside what it is called from.
+#[inline(never)]
+fn each_lane(lanes: &mut [f32], f: fn(f64) -> f64) {
+    lanes.iter_mut().for_each(|z| *z = f(f64::from(*z)) as f32);
+}
+
+#[inline(always)]
+fn by_lane<S: Simd>(s: S, z: F<S>, f: fn(f64) -> f64) -> F<S> {
+    let mut lanes = lanes::<S>(z);
+    each_lane(&mut lanes[..<F<S> as Vector<S, f32>>::W], f);
+    vector(s, &lanes)
 }
 
 /// Twice what GELU's approximation takes the hyperbolic tangent of, `(1 + tanh(u)) / 2 = sigmoid(2 u)`, and what rounding
@@ -129,8 +129,19 @@ fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     // Beyond, the sigmoid is 0 or 1.
     let (least, most) = (c(s, -12.0), c(s, 12.0));
     let x = x.le(least, least, most.le(x, most, x));
-    let exact = |x: f64| GELU_K * (x + 0.044715 * x * x * x);
-    [by_lane!(s, x, exact), by_lane!(s, x, |x| exact(x) - f64::from(exact(x) as f32))]
+    let (mut u, mut more) = (lanes::<S>(x), [0.0; LANES]);
+    gelu_twice_u_of(&mut u, &mut more);
+    [vector(s, &u), vector(s, &more)]
+}
+
+#[inline(never)]
+fn gelu_twice_u_of(x: &mut [f32; LANES], more: &mut [f32; LANES]) {
+    for (x, more) in x.iter_mut().zip(more) {
+        let wide = f64::from(*x);
+        let exact = GELU_K * (wide + 0.044715 * wide * wide * wide);
+        *x = exact as f32;
+        *more = (exact - f64::from(*x)) as f32;
+    }
 }
 
 /// `activation(z)`.
@@ -147,8 +158,11 @@ pub(super) fn value<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
             let between = z * (z + c(s, 3.0)).div(c(s, 6.0));
             c(s, 3.0).le(z, z, z.le(c(s, -3.0), zero, between))
         }
-        Activation::Gelu => by_lane!(s, z, |z| value_f64(Activation::Gelu, z)),
-        Activation::GeluTanh => times_sigmoid(s, z, gelu_twice_u(s, z)),
+        Activation::Gelu => by_lane(s, z, |z| value_f64(Activation::Gelu, z)),
+        Activation::GeluTanh => {
+            let [u, more] = gelu_twice_u(s, z);
+            times_sigmoid(s, z, u, Some(more))
+        }
     }
 }
 
@@ -169,13 +183,13 @@ pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
             let between = z.div(c(s, 3.0)) + c(s, 0.5);
             c(s, 3.0).le(z, one, z.le(c(s, -3.0), zero, between))
         }
-        Activation::Gelu => by_lane!(s, z, |z| slope_f64(Activation::Gelu, z)),
+        Activation::Gelu => by_lane(s, z, |z| slope_f64(Activation::Gelu, z)),
         Activation::GeluTanh => {
             let [u, more] = gelu_twice_u(s, z);
-            let y = times_sigmoid(s, one, [u, more]);
+            let y = times_sigmoid(s, one, u, Some(more));
             let inner = c(s, GELU_K as f32) * (z * z).fma(c(s, 3.0 * 0.044715), one);
             // Where the sigmoid is 1 or 0 the cube may be infinite.
-            let bent = y * times_sigmoid(s, one, [zero - u, zero - more]);
+            let bent = y * times_sigmoid(s, one, zero - u, Some(zero - more));
             y + bent.le(zero, zero, bent * z * inner)
         }
     }

@@ -6,7 +6,7 @@ use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
 use super::element::{converted, Float};
 use super::forward::{after, elements, source, written};
 use super::kernel::{self, Input, PartialSums};
-use super::load_store::{gated_gradient, pieces, After, Room, Scratch, Source, Tensor};
+use super::load_store::{gated_gradient, pieces, write, After, Room, Scratch, Source, Tensor};
 use super::loops::{Stored, Walked};
 use super::moments::{Source as StatsFrom, Stats};
 use super::output::Output;
@@ -165,7 +165,10 @@ impl<'a, T: Stored> Call<'a, T> {
             false => self.dy.read::<W>(tile, scratch_dy),
             true => self.after.upstream(self.dy, tile, [scratch_dy, scratch_z], out, |y| {
                 let stats = StatsFrom::Given(stats);
-                walks::forward(z, kernel::Forward { loops, g, eps, affine, x, tile, stats, y })
+                walks::forward(
+                    z,
+                    kernel::Forward { loops, g, eps, affine, x, tile, stats, y: kernel::Out::Tile(y) },
+                )
             }),
         };
         Input { loops, g, eps, x, dy, affine, stats, tile }
@@ -262,8 +265,9 @@ impl<'a, T: Stored> Call<'a, T> {
                 let kernel = kernel::Backward { input, means, params: own, dx: None };
                 match (dx, before) {
                     (None, _) => walks::backward(visit.walk, kernel),
-                    (Some(dx), None) => After::nothing(self.level)
-                        .write::<W>(dx, out, |dx| walks::backward(visit.walk, kernel.with_dx(dx))),
+                    (Some(dx), None) => write::<T, W>(self.level, dx, out, |dx| {
+                        walks::backward(visit.walk, kernel.with_dx(dx))
+                    }),
                     (Some(dx), Some((gate, dgate))) => {
                         gated_gradient::<T, W>(&self.x, gate, [dx, dgate], out, |dx| {
                             walks::backward(visit.walk, kernel.with_dx(dx))

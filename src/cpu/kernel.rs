@@ -3,7 +3,7 @@
 use super::affine::Affine;
 use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
 use super::element::{Element, Float, PANEL};
-use super::loops::{Loops, Walked};
+use super::loops::{Line, Loops, Walked};
 use super::moments::{Moments, Source, Stat, Stats};
 use super::tile::Tile;
 use super::view::{Block, InTile, OutTile};
@@ -22,7 +22,7 @@ pub(super) struct Partial<'a, T: Walked> {
 }
 
 /// Normalizes a tile.
-pub(super) struct Forward<'a, T: Walked> {
+pub(super) struct Forward<'a, 'y, T: Walked> {
     pub loops: &'static Loops<T>,
     pub g: &'a Geometry,
     pub eps: T::Acc,
@@ -30,7 +30,55 @@ pub(super) struct Forward<'a, T: Walked> {
     pub x: InTile<'a, T>,
     pub tile: &'a Tile,
     pub stats: Source<'a, T::Acc>,
-    pub y: OutTile<'a, T>,
+    pub y: Out<'y, T>,
+}
+
+/// Where a block is written: its first element's row and column, and the elements between two of its rows.
+#[derive(Clone, Copy)]
+pub(super) struct Place {
+    pub at: [usize; 2],
+    pub stride: usize,
+}
+
+/// A tile that a forward writes.
+pub(super) enum Out<'a, T: Walked> {
+    Tile(OutTile<'a, T>),
+    /// Through what stands behind the norm.
+    Finished(&'a mut dyn Finish<T>),
+}
+
+/// A tile of y behind what stands behind the norm.
+pub(super) trait Finish<T: Walked> {
+    /// Elements between two rows of the tile.
+    fn stride(&self) -> usize;
+
+    /// Writes what becomes of a block of x.
+    fn write(&mut self, to: Place, x: Block<T>, line: &Line<T::Acc>);
+}
+
+impl<T: Walked> Out<'_, T> {
+    pub fn stride(&self) -> usize {
+        match self {
+            Out::Tile(y) => y.stride(),
+            Out::Finished(y) => y.stride(),
+        }
+    }
+
+    /// Writes what `line` makes of a block of x.
+    #[inline(always)]
+    pub fn write(&mut self, loops: &Loops<T>, to: Place, x: Block<T>, line: Line<T::Acc>) {
+        let y = match self {
+            Out::Tile(y) => y.block(to.at, to.stride, x.rows, x.n),
+            Out::Finished(y) => return y.write(to, x, &line),
+        };
+        match line {
+            Line::Runs { run, constants, ahead } => loops.scale_runs(x, y, run, constants, ahead),
+            Line::Columns { weight, bias, constants, ahead } => {
+                loops.scale_columns(x, y, weight, bias, constants, ahead)
+            }
+            Line::Each { constants, rows } => loops.scale_each(x, y, constants, rows),
+        }
+    }
 }
 
 /// What both backwards read.
@@ -102,6 +150,10 @@ pub(super) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item =
 impl Part {
     pub fn block<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Block<'a, T> {
         x.block([self.rows.start, self.columns.start], x.stride(), self.rows.len(), self.columns.len())
+    }
+
+    pub fn place(&self, stride: usize) -> Place {
+        Place { at: [self.rows.start, self.columns.start], stride }
     }
 
     pub fn out<'a, T: Element>(&self, y: &'a mut OutTile<'_, T>) -> super::view::To<'a, T> {

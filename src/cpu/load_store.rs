@@ -1,12 +1,13 @@
 //! What stands between a tensor and a walk: nothing, or a thread's scratch in which a tile lies in the accumulation
 //! type, with all that is fused into the norm done to it.
 //!
-//! Apart from walks and loops, which know of no fusion: a tile comes in staged, and goes out staged. f16 has no walks
-//! of its own and is staged, too.
+//! Apart from walks, which know of no fusion: a tile comes in staged, and goes out through what stands behind the norm.
+//! f16 has no walks of its own and is staged, too.
 #![allow(unsafe_code)]
 
 use super::element::{Element, Float};
-use super::loops::{Conversions, Stored, Walked, Wide};
+use super::kernel::{Finish, Out, Place};
+use super::loops::{Behind, Conversions, Line, Stored, Walked, Wide};
 use super::simd_level::Level;
 use super::tile::Tile;
 use super::view::{same, same_mut, Block, InTile, OutTile};
@@ -174,7 +175,7 @@ impl<'a, T: Stored> Source<'a, T> {
     pub fn read<'s, W: Walked<Acc = T::Acc>>(
         &'s self,
         tile: &'s Tile,
-        Room { wide, other, gathered }: &'s mut Room<T>,
+        Room { wide, gathered, .. }: &'s mut Room<T>,
     ) -> InTile<'s, W>
     where
         'a: 's,
@@ -184,12 +185,9 @@ impl<'a, T: Stored> Source<'a, T> {
             return x;
         }
         let wide = room(wide, tile.rows.len() * tile.columns.len());
-        Conversions::<T>::of(level).widen(x.whole(), wide);
-        if let Some(gate) = &self.gate {
-            for (strip, at) in strips(tile) {
-                let gate = gate.strip(&strip, other);
-                T::Acc::fused(level).gate(&mut wide[at..at + gate.len()], gate);
-            }
+        match &self.gate {
+            Some(gate) => Conversions::<T>::of(level).gated(x.whole(), gate.tile(tile).whole(), wide),
+            None => Conversions::<T>::of(level).widen(x.whole(), wide),
         }
         staged(wide, tile)
     }
@@ -275,47 +273,35 @@ pub(super) struct After<'a, T> {
 }
 
 impl<'a, T: Stored> After<'a, T> {
-    pub fn nothing(level: Level) -> Self {
-        After { level, skip: None, activation: None, gate: None }
-    }
-
     pub fn any(&self) -> bool {
         self.skip.is_some() || self.activation.is_some() || self.gate.is_some()
     }
 
     /// Whether walks over `W` write scratch.
     pub fn staged<W: 'static>(&self) -> bool {
-        self.any() || same::<T, W>(&[]).is_none()
+        !self.any() && same::<T, W>(&[]).is_none()
     }
 
-    /// Has `walk` write a tile, as a walk over `W` does, and finishes it.
+    /// Has `walk` write a tile, as a walk over `W` does, finished.
     pub fn write<W: Walked<Acc = T::Acc>>(
         &self,
         mut y: OutTile<T>,
-        Room { wide, other, .. }: &mut Room<T>,
-        walk: impl FnOnce(OutTile<W>),
+        scratch: &mut Room<T>,
+        walk: impl FnOnce(Out<W>),
     ) {
-        if let (Some(y), false) = (y.same::<W>(), self.any()) {
-            return walk(y);
-        }
         let tile = y.tile().clone();
-        let wide = room(wide, tile.rows.len() * tile.columns.len());
-        walk_into(wide, &tile, walk);
+        let [skip, gate] = [self.skip, self.gate].map(|tensor| tensor.map(|tensor| tensor.tile(&tile)));
+        let (level, behind) = (self.level, Behind { skip, activation: self.activation, gate });
         if !self.any() {
-            let block = Block::new(wide, tile.columns.len(), tile.rows.len(), tile.columns.len());
-            return Conversions::<T>::of(self.level).narrow(block, y.whole());
+            return write(level, y, scratch, |y| walk(Out::Tile(y)));
         }
-        for (strip, at) in strips(&tile) {
-            let z = &mut wide[at..at + strip.columns.len()];
-            self.add_skip(&strip, z, other);
-            if let Some(activation) = self.activation {
-                T::Acc::fused(self.level).activate(z, activation);
-            }
-            if let Some(gate) = &self.gate {
-                T::Acc::fused(self.level).gate(z, gate.strip(&strip, other));
-            }
-            Conversions::<T>::of(self.level).narrow(Block::row_of(z), y.part(&strip).whole());
+        if behind.in_registers::<T::Acc>() {
+            return walk(Out::Finished(&mut Finished { level, behind, y }));
         }
+        let z = room(&mut scratch.wide, tile.rows.len() * tile.columns.len());
+        walk_into(z, &tile, |z| walk(Out::Tile(z)));
+        let behind = behind.map(|tile| tile.whole());
+        Conversions::<T>::of(level).finish(InTile::alone(z, &tile).whole(), y.whole(), behind)
     }
 
     fn add_skip(&self, strip: &Tile, z: &mut [T::Acc], other: &mut Vec<T::Acc>) {
@@ -359,6 +345,43 @@ impl<'a, T: Stored> After<'a, T> {
         }
         staged(wide, tile)
     }
+}
+
+/// A tile that is written with all that stands behind the norm.
+struct Finished<'a, T: Element> {
+    level: Level,
+    behind: Behind<InTile<'a, T>>,
+    y: OutTile<'a, T>,
+}
+
+impl<T: Stored, W: Walked<Acc = T::Acc>> Finish<W> for Finished<'_, T> {
+    fn stride(&self) -> usize {
+        self.y.stride()
+    }
+
+    fn write(&mut self, Place { at, stride }: Place, x: Block<W>, line: &Line<T::Acc>) {
+        let Some(x) = x.same::<T::Acc>() else { unreachable!("finished in another type than is walked") };
+        let behind = self.behind.map(|tile| tile.block(at, stride, x.rows, x.n));
+        let y = self.y.block(at, stride, x.rows, x.n);
+        Conversions::<T>::of(self.level).finish_line(x, y, line, behind)
+    }
+}
+
+/// Has `walk` write a tile, as a walk over `W` does.
+pub(super) fn write<T: Stored, W: Walked<Acc = T::Acc>>(
+    level: Level,
+    mut y: OutTile<T>,
+    Room { wide, .. }: &mut Room<T>,
+    walk: impl FnOnce(OutTile<W>),
+) {
+    if let Some(y) = y.same::<W>() {
+        return walk(y);
+    }
+    let tile = y.tile().clone();
+    let wide = room(wide, tile.rows.len() * tile.columns.len());
+    walk_into(wide, &tile, walk);
+    let block = Block::new(wide, tile.columns.len(), tile.rows.len(), tile.columns.len());
+    Conversions::<T>::of(level).narrow(block, y.whole());
 }
 
 /// Has `walk` write a tile into scratch.

@@ -41,6 +41,14 @@ impl<'a, T: Copy> Block<'a, T> {
         Self { x, stride: x.len(), rows: 1, n: x.len() }
     }
 
+    /// The same block, where `W` is `T`.
+    pub fn same<W: 'static>(&self) -> Option<Block<'a, W>>
+    where
+        T: 'static,
+    {
+        Some(Block { x: same::<T, W>(self.x)?, stride: self.stride, rows: self.rows, n: self.n })
+    }
+
     /// Where row `r` starts.
     #[inline(always)]
     pub fn row(&self, r: usize) -> *const T {

@@ -40,18 +40,8 @@ pub(super) fn add<S: Simd, T: Float>(s: S, z: &mut [T], b: &[T]) {
 }
 
 #[inline(always)]
-pub(super) fn activate<S: Simd, T: Float>(s: S, z: &mut [T], activation: Activation) {
-    in_place!(s, T, [z], [], [T::value(s, activation, z)])
-}
-
-#[inline(always)]
 pub(super) fn slope<S: Simd, T: Float>(s: S, z: &[T], activation: Activation, dy: &mut [T]) {
     in_place!(s, T, [dy], [z], [dy * T::slope(s, activation, z)])
-}
-
-#[inline(always)]
-pub(super) fn gate<S: Simd, T: Float>(s: S, z: &mut [T], gate: &[T]) {
-    in_place!(s, T, [z], [gate], [z * T::value(s, Activation::Silu, gate)])
 }
 
 #[inline(always)]

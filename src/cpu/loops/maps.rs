@@ -3,13 +3,14 @@
 
 use super::sums::splat;
 use super::{each_vector, get, pairwise, put};
-use crate::cpu::element::{Element, V};
+use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::{Block, To};
+use crate::fusion::Activation;
 
 /// The constants of row `r`, where `per_row` belong to each: all of them where there are no more.
 #[inline(always)]
-fn of_row<C>(constants: &[C], per_row: usize, r: usize) -> &[C] {
+pub(super) fn of_row<C>(constants: &[C], per_row: usize, r: usize) -> &[C] {
     match constants.len() == per_row {
         true => constants,
         false => &constants[r * per_row..(r + 1) * per_row],
@@ -221,7 +222,6 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
     constants: [&[T::Acc]; 4],
     weight: Option<&[T::Acc]>,
 ) {
-    use crate::cpu::element::Float;
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(dy.n == n && dy.rows == x.rows && dx.n == n && dx.rows == x.rows);
     assert!(constants.iter().all(|c| c.len() >= n));
@@ -255,6 +255,23 @@ pub(super) fn widen<S: Simd, T: Element>(s: S, x: Block<T>, y: &mut [T::Acc]) {
             let y = y.as_mut_ptr().add(r * n);
             each_vector!(w, n, |at, k| {
                 put::<S, T::Acc>(get::<S, T>(s, p.add(at), k), y.add(at), k, false);
+            })
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn gated<S: Simd, T: Element>(s: S, x: Block<T>, gate: Block<T>, y: &mut [T::Acc]) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(gate.n == n && gate.rows == x.rows && y.len() >= x.rows * n);
+    for r in 0..x.rows {
+        let (p, gate) = (x.row(r), gate.row(r));
+        // SAFETY: all places are below `n`, which the rows and their place in y have.
+        unsafe {
+            let y = y.as_mut_ptr().add(r * n);
+            each_vector!(w, n, |at, k| {
+                let by = T::Acc::value(s, Activation::Silu, get::<S, T>(s, gate.add(at), k));
+                put::<S, T::Acc>(get::<S, T>(s, p.add(at), k) * by, y.add(at), k, false);
             })
         }
     }

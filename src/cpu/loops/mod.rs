@@ -11,6 +11,7 @@
 #![allow(unsafe_code)]
 
 mod columns;
+mod finish;
 mod fused;
 mod maps;
 mod sums;
@@ -24,6 +25,8 @@ use super::vector::{Portable, Simd, Vector};
 use super::view::{Block, To};
 use crate::fusion::Activation;
 use half::{bf16, f16};
+
+pub(super) use finish::{Behind, Line};
 
 /// A table of loops: their names, bodies and arguments, and the constructors of the levels' tables.
 macro_rules! table {
@@ -177,12 +180,19 @@ table! {
 }
 
 table! {
-    /// Loops that change the type of elements.
+    /// Loops from the accumulation type to a tensor's, or back.
     Conversions<T: Element> {
         /// Rows widened, one behind the other.
         widen = maps::widen, (x: Block<T>, y: &mut [T::Acc]);
+        /// `x * silu(gate)`, rows one behind the other.
+        gated = maps::gated, (x: Block<T>, gate: Block<T>, y: &mut [T::Acc]);
         /// Rows rounded.
         narrow = maps::narrow, (x: Block<T::Acc>, y: To<T>);
+        /// What stands behind a norm, done to the z that `line` makes of x, and rounded to y.
+        finish_line = finish::finish_line,
+            (x: Block<T::Acc>, y: To<T>, line: &Line<T::Acc>, behind: Behind<Block<T>>);
+        /// The same, done to z.
+        finish = finish::finish, (z: Block<T::Acc>, y: To<T>, behind: Behind<Block<T>>);
         /// `x + b` rounded, to y and, one row behind the other, to `z`.
         add = maps::add, (x: Block<T::Acc>, b: Block<T>, y: To<T>, z: &mut [T]);
     }
@@ -193,12 +203,8 @@ table! {
     Fused<T: Float> {
         /// Adds b to z.
         add = fused::add, (z: &mut [T], b: &[T]);
-        /// `z = activation(z)`.
-        activate = fused::activate, (z: &mut [T], activation: Activation);
         /// `dy = dy * activation'(z)`.
         slope = fused::slope, (z: &[T], activation: Activation, dy: &mut [T]);
-        /// `z = z * silu(gate)`.
-        gate = fused::gate, (z: &mut [T], gate: &[T]);
         /// The gradients of `z * silu(gate)`: the gate's in z, that of z in dy.
         gate_gradient = fused::gate_gradient, (z: &mut [T], gate: &[T], dy: &mut [T]);
     }

@@ -1,8 +1,10 @@
 //! The functions in vectors against f64: exhaustively by hand, in strides always.
 
 use crate::cpu::activations::{slope_f64, value_f64};
-use crate::cpu::loops::Wide;
+use crate::cpu::loops::{Behind, Conversions, Wide};
 use crate::cpu::simd_level::Level;
+use crate::cpu::tile::Tile;
+use crate::cpu::view::{Block, OutTile};
 use crate::fusion::Activation;
 
 /// Distance in units in the last place of f32 between a result and what it should be.
@@ -45,10 +47,17 @@ fn worst(step: usize, f: impl Fn(&mut [f32]), exact: impl Fn(f64) -> f64) -> (f6
 /// What each may be off by.
 const ULPS: f64 = 2.0;
 
+fn activate(level: Level, activation: Activation, z: &mut [f32]) {
+    let (x, n) = (z.to_vec(), z.len());
+    let mut y = OutTile::alone(z, Tile { rows: 0..1, columns: 0..n });
+    let behind = Behind { skip: None, activation: Some(activation), gate: None };
+    Conversions::<f32>::of(level).finish(Block::row_of(&x), y.whole(), behind);
+}
+
 fn check(step: usize) {
     for level in Level::available() {
         for activation in Activation::ALL {
-            let f = |z: &mut [f32]| f32::fused(level).activate(z, activation);
+            let f = |z: &mut [f32]| activate(level, activation, z);
             let (error, at) = worst(step, f, |z| value_f64(activation, z));
             println!("{activation:?} at {}: {error:.2} ulp at {at:e}", level.name());
             assert!(error <= ULPS, "{activation:?} at {}: {error} ulp at {at:e}", level.name());

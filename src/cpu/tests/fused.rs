@@ -217,9 +217,11 @@ pub(super) fn everywhere(fusion: Fusion, skip: bool) {
 fn activations() {
     use Activation::*;
     let fusion = |activation| Fusion { activation: Some(activation), ..Fusion::default() };
+    // In registers, along with each walk's map; and one of those that are not.
     everywhere(fusion(Silu), false);
-    // The walks do not see which it is.
-    for activation in [Relu, Relu6, LeakyRelu(0.1), Sigmoid, HardSwish, Gelu, GeluTanh] {
+    everywhere(fusion(Relu), false);
+    everywhere(fusion(HardSwish), true);
+    for activation in [Relu6, LeakyRelu(0.1), Sigmoid, Gelu, GeluTanh] {
         for (level, g) in
             Level::available().into_iter().flat_map(|l| shapes().into_iter().take(3).map(move |g| (l, g)))
         {

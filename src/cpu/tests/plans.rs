@@ -110,6 +110,7 @@ fn every_walk_and_loop_runs_at_every_level() {
     let fusion = Fusion { activation: Some(Activation::Silu), ..Fusion::default() };
     fused::everywhere(Fusion::default(), true);
     fused::everywhere(fusion, false);
+    fused::everywhere(Fusion { activation: Some(Activation::HardSwish), ..fusion }, true);
     fused::everywhere(Fusion { gate: Some(Gate::Before), ..Fusion::default() }, false);
     let walks = ["forward Runs", "forward Sets", "forward Rows", "forward Columns", "backward Runs"]
         .into_iter()

@@ -6,8 +6,8 @@
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::element::{Element, Float, PANEL};
-use crate::cpu::kernel::{Backward, Forward, Input, Partial, PartialSums};
-use crate::cpu::loops::{Loops, Walked};
+use crate::cpu::kernel::{Backward, Forward, Input, Partial, PartialSums, Place};
+use crate::cpu::loops::{Line, Loops, Walked};
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::tile::Tile;
 use crate::cpu::view::{Block, InTile, OutTile, To};
@@ -205,7 +205,7 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
 }
 
 fn normalize<T: Walked>(k: &mut Forward<T>, sheet: &Sheet, stats: &[Stat<T::Acc>]) {
-    let (g, affine, loops) = (k.g, k.affine, k.loops);
+    let (g, affine) = (k.g, k.affine);
     let [mut high, mut scale, mut bias] = [(); 3].map(|()| Vec::with_capacity(sheet.columns));
     for (stat, (_, columns)) in stats.iter().zip(sheet.sets(g)) {
         let rstd = stat.rstd(k.eps);
@@ -226,9 +226,11 @@ fn normalize<T: Walked>(k: &mut Forward<T>, sheet: &Sheet, stats: &[Stat<T::Acc>
         (Form::Rows, Some(bias)) => Some([&affine.weight[sheet.row..], &bias[sheet.row..]]),
         _ => None,
     };
-    loops.scale_each(sheet.full(&k.x), sheet.full_out(&mut k.y), constants, by_row);
-    if let (Some(x), Some(y)) = (sheet.extra(&k.x), sheet.extra_out(&mut k.y)) {
-        loops.scale_each(x, y, constants, None);
+    let to = Place { at: sheet.place, stride: sheet.fold * k.y.stride() };
+    k.y.write(k.loops, to, sheet.full(&k.x), Line::Each { constants, rows: by_row });
+    if let (Some(x), Some(at)) = (sheet.extra(&k.x), sheet.extra_place()) {
+        let to = Place { at, stride: sheet.extra };
+        k.y.write(k.loops, to, x, Line::Each { constants, rows: None });
     }
 }
 

@@ -8,7 +8,7 @@ use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom};
 use crate::cpu::element::{Float, PANEL};
 use crate::cpu::kernel::{pivot, Backward, Forward, Part};
-use crate::cpu::loops::Walked;
+use crate::cpu::loops::{Line, Walked};
 use crate::cpu::moments::{Moments, Source, Stat};
 use crate::cpu::tile::Tile;
 use crate::geometry::Geometry;
@@ -57,7 +57,8 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
                 spans::constants(k.affine, p, stats[i], rstd[i])
             })
             .collect();
-        k.loops.scale_runs(part.block(&k.x), part.out(&mut k.y), run, &constants, k.tile.columns.len());
+        let line = Line::Runs { run, constants: &constants, ahead: k.tile.columns.len() };
+        k.y.write(k.loops, part.place(k.y.stride()), part.block(&k.x), line);
     }
 }
 

@@ -7,8 +7,8 @@ use super::{sets, spans};
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, MeansFrom};
 use crate::cpu::element::Float;
-use crate::cpu::kernel::{pivot, Backward, Forward, Part};
-use crate::cpu::loops::Walked;
+use crate::cpu::kernel::{pivot, Backward, Forward, Part, Place};
+use crate::cpu::loops::{Line, Walked};
 use crate::cpu::moments::{Source, Stat};
 use crate::geometry::Geometry;
 
@@ -72,10 +72,13 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
                 _ => constants.push([stat.high, rstd, -(stat.low * rstd)]),
             }
         }
-        let y = k.y.block(at, n, x.rows, n);
+        let (constants, ahead, to) = (&constants[..], step * n, Place { at, stride: n });
         match k.affine.form {
-            Form::Spans(span) => k.loops.scale_runs(x, y, span, &constants, step * n),
-            _ => k.loops.scale_columns(x, y, &k.affine.weight, k.affine.bias(), &constants, step * n),
+            Form::Spans(run) => k.y.write(k.loops, to, x, Line::Runs { run, constants, ahead }),
+            _ => {
+                let (weight, bias) = (&k.affine.weight, k.affine.bias());
+                k.y.write(k.loops, to, x, Line::Columns { weight, bias, constants, ahead })
+            }
         }
     }
 }

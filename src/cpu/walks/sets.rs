@@ -9,7 +9,7 @@ use super::spans;
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::kernel::{parts, pivot, Backward, Forward, Input, Part, Partial, PartialSums};
-use crate::cpu::loops::Walked;
+use crate::cpu::loops::{Line, Walked};
 use crate::cpu::moments::{Source, Stat};
 
 pub(super) fn moments<T: Walked>(k: Partial<T>) {
@@ -34,16 +34,19 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
 }
 
 fn normalize<T: Walked>(k: &mut Forward<T>, part: &Part, stat: Stat<T::Acc>) {
-    let (affine, rstd, x, y) = (k.affine, stat.rstd(k.eps), part.block(&k.x), part.out(&mut k.y));
+    let (affine, rstd, x) = (k.affine, stat.rstd(k.eps), part.block(&k.x));
+    let to = part.place(k.y.stride());
     if let Form::Spans(span) = affine.form {
         let (params, run) = part.spans(span);
         let constants: Vec<_> = params.map(|p| spans::constants(affine, p, stat, rstd)).collect();
-        return k.loops.scale_runs(x, y, run, &constants, k.g.run);
+        let line = Line::Runs { run, constants: &constants, ahead: k.g.run };
+        return k.y.write(k.loops, to, x, line);
     }
     let c = part.columns.clone();
     let bias = affine.bias().map(|b| &b[c.clone()]);
     let constants = [[stat.high, rstd, -(stat.low * rstd)]];
-    k.loops.scale_columns(x, y, &affine.weight[c], bias, &constants, 0)
+    let line = Line::Columns { weight: &affine.weight[c], bias, constants: &constants, ahead: 0 };
+    k.y.write(k.loops, to, x, line)
 }
 
 pub(super) fn sums<T: Walked>(mut k: PartialSums<T>) {

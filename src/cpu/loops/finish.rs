@@ -1,0 +1,227 @@
+//! What stands behind a norm, done to z on its way into y.
+//!
+//! Apart from plain maps, which stay free of the question what follows. What models have most is done in registers along
+//! with the map that makes z, in f32; the rest to a tile of z, with the activation matched at every vector: as much code
+//! for each as for those would be the larger half of the kernels.
+#![allow(unsafe_code)]
+
+use super::maps::of_row;
+use super::sums::splat;
+use super::{each_vector, get, put};
+use crate::cpu::element::{Element, Float, V};
+use crate::cpu::vector::{Simd, Vector};
+use crate::cpu::view::{Block, To};
+use crate::fusion::Activation;
+
+/// What makes z of x.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) enum Line<'a, A> {
+    /// `(x - high) * scale + bias` by runs of `run` columns: `[high, scale, bias]` of every run of a row, or of every
+    /// run of every row.
+    Runs { run: usize, constants: &'a [[A; 3]], ahead: usize },
+    /// `((x - high) * rstd + shift) * weight + bias` by columns: `[high, rstd, shift]` of all rows, or of every row.
+    Columns { weight: &'a [A], bias: Option<&'a [A]>, constants: &'a [[A; 3]], ahead: usize },
+    /// `(x - high) * scale + bias`, `[high, scale, bias]` of every column; then that times the row's weight, plus its
+    /// bias.
+    Each { constants: [&'a [A]; 3], rows: Option<[&'a [A]; 2]> },
+}
+
+/// What is done to z, in this order; each `B` a tile or block of y's shape.
+#[derive(Clone, Copy)]
+pub(in crate::cpu) struct Behind<B> {
+    /// Added to z.
+    pub skip: Option<B>,
+    pub activation: Option<Activation>,
+    /// z is multiplied by `silu(gate)`.
+    pub gate: Option<B>,
+}
+
+/// What is done in registers.
+const SKIP: u8 = 0;
+const RELU: u8 = 1;
+const SKIP_RELU: u8 = 2;
+const SILU: u8 = 3;
+const GATE: u8 = 4;
+/// What is not.
+const OTHER: u8 = 5;
+
+impl<B: Copy> Behind<B> {
+    pub fn map<C>(&self, f: impl Fn(B) -> C) -> Behind<C> {
+        Behind { skip: self.skip.map(&f), activation: self.activation, gate: self.gate.map(&f) }
+    }
+
+    fn kind(&self) -> u8 {
+        match (self.skip, self.activation, self.gate) {
+            (Some(_), None, None) => SKIP,
+            (None, Some(Activation::Relu), None) => RELU,
+            (Some(_), Some(Activation::Relu), None) => SKIP_RELU,
+            (None, Some(Activation::Silu), None) => SILU,
+            (None, None, Some(_)) => GATE,
+            _ => OTHER,
+        }
+    }
+
+    /// Whether `finish_line` has it for elements that are computed with in `A`.
+    pub fn in_registers<A: Float>(&self) -> bool {
+        size_of::<A>() == size_of::<f32>() && self.kind() != OTHER
+    }
+}
+
+impl<T: Element> Behind<Block<'_, T>> {
+    /// Row `r` of blocks of `rows` times `n` elements.
+    #[inline(always)]
+    fn row(&self, r: usize, [rows, n]: [usize; 2]) -> Behind<*const T> {
+        self.map(
+            #[inline(always)]
+            |b| {
+                assert!(b.rows == rows && b.n == n);
+                b.row(r)
+            },
+        )
+    }
+}
+
+impl<T: Element> Behind<*const T> {
+    /// The rest of a row.
+    #[inline(always)]
+    fn from(self, at: usize) -> Self {
+        let rest = |p: Option<*const T>| p.map(|p| p.wrapping_add(at));
+        Behind { skip: rest(self.skip), gate: rest(self.gate), ..self }
+    }
+
+    /// What becomes of z, which is of `k` elements from `at` on.
+    ///
+    /// # Safety
+    /// The rows have them.
+    #[inline(always)]
+    unsafe fn of<S: Simd, const KIND: u8>(&self, s: S, z: V<S, T>, at: usize, k: usize) -> V<S, T> {
+        let z = match (KIND, self.skip) {
+            // SAFETY: the caller's.
+            (SKIP | SKIP_RELU | OTHER, Some(skip)) => z + unsafe { get::<S, T>(s, skip.add(at), k) },
+            _ => z,
+        };
+        let z = match (KIND, self.activation) {
+            (RELU | SKIP_RELU, _) => T::Acc::value(s, Activation::Relu, z),
+            (SILU, _) => T::Acc::value(s, Activation::Silu, z),
+            (OTHER, Some(activation)) => T::Acc::value(s, activation, z),
+            _ => z,
+        };
+        match (KIND, self.gate) {
+            (GATE | OTHER, Some(gate)) => {
+                // SAFETY: the caller's.
+                z * T::Acc::value(s, Activation::Silu, unsafe { get::<S, T>(s, gate.add(at), k) })
+            }
+            _ => z,
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn finish<S: Simd, T: Element>(s: S, z: Block<T::Acc>, mut y: To<T>, behind: Behind<Block<T>>) {
+    let (w, n) = (V::<S, T>::W, z.n);
+    assert!(y.n == n && y.rows == z.rows);
+    for r in 0..z.rows {
+        let (p, to, row) = (z.row(r), y.row(r), behind.row(r, [z.rows, n]));
+        let (past, mut at) = (y.past(to), 0);
+        while at < n {
+            let k = w.min(n - at);
+            // SAFETY: all places are below `n`, which all have.
+            unsafe {
+                let z = get::<S, T::Acc>(s, p.add(at), k);
+                put::<S, T>(row.of::<S, OTHER>(s, z, at, k), to.add(at), k, past);
+            }
+            at += k;
+        }
+    }
+}
+
+#[inline(always)]
+pub(super) fn finish_line<S: Simd, T: Element>(
+    s: S,
+    x: Block<T::Acc>,
+    y: To<T>,
+    line: &Line<T::Acc>,
+    behind: Behind<Block<T>>,
+) {
+    assert!(behind.in_registers::<T::Acc>());
+    if size_of::<T::Acc>() > size_of::<f32>() {
+        return;
+    }
+    match behind.kind() {
+        SKIP => of_kind::<S, T, SKIP>(s, x, y, line, behind),
+        RELU => of_kind::<S, T, RELU>(s, x, y, line, behind),
+        SKIP_RELU => of_kind::<S, T, SKIP_RELU>(s, x, y, line, behind),
+        SILU => of_kind::<S, T, SILU>(s, x, y, line, behind),
+        _ => of_kind::<S, T, GATE>(s, x, y, line, behind),
+    }
+}
+
+#[inline(always)]
+fn of_kind<S: Simd, T: Element, const KIND: u8>(
+    s: S,
+    x: Block<T::Acc>,
+    mut y: To<T>,
+    line: &Line<T::Acc>,
+    behind: Behind<Block<T>>,
+) {
+    let (w, n) = (V::<S, T>::W, x.n);
+    assert!(y.n == n && y.rows == x.rows);
+    for r in 0..x.rows {
+        let (p, to, row) = (x.row(r), y.row(r), behind.row(r, [x.rows, n]));
+        match *line {
+            Line::Runs { run, constants, ahead } => {
+                let runs = n / run;
+                assert!(runs * run == n);
+                for (i, c) in of_row(constants, runs, r).iter().enumerate() {
+                    let ([high, scale, bias], from) = (c.map(|c| splat::<S, T>(s, c)), i * run);
+                    let (p, to, row) = (p.wrapping_add(from), to.wrapping_add(from), row.from(from));
+                    let past = y.past(to);
+                    // SAFETY: the runs lie within the blocks' rows, by the assertions.
+                    unsafe {
+                        each_vector!(w, run, |at, k| {
+                            let z = (get::<S, T::Acc>(s, p.add(at), k) - high).fma(scale, bias);
+                            put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
+                            s.prefetch(p.wrapping_add(at + ahead));
+                        })
+                    }
+                }
+            }
+            Line::Columns { weight, bias, constants, ahead } => {
+                assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
+                let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
+                let (weight, bias, past) = (weight.as_ptr(), bias.map(|b| b.as_ptr()), y.past(to));
+                // SAFETY: all places are below `n`, which all have.
+                unsafe {
+                    each_vector!(w, n, |at, k| {
+                        let xhat = (get::<S, T::Acc>(s, p.add(at), k) - high).fma(rstd, shift);
+                        let weight = get::<S, T::Acc>(s, weight.add(at), k);
+                        let z = match bias {
+                            Some(bias) => xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at), k)),
+                            None => xhat * weight,
+                        };
+                        put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
+                        s.prefetch(p.wrapping_add(at + ahead));
+                    })
+                }
+            }
+            Line::Each { constants, rows } => {
+                assert!(constants.iter().all(|c| c.len() >= n));
+                let ([high, scale, bias], past) = (constants.map(|c| c.as_ptr()), y.past(to));
+                let of_row = rows.map(|rows| rows.map(|values| splat::<S, T>(s, values[r])));
+                // SAFETY: all places are below `n`, which all have.
+                unsafe {
+                    each_vector!(w, n, |at, k| {
+                        let d = get::<S, T::Acc>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                        let scale = get::<S, T::Acc>(s, scale.add(at), k);
+                        let z = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
+                        let z = match of_row {
+                            Some([weight, bias]) => z.fma(weight, bias),
+                            None => z,
+                        };
+                        put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
+                    })
+                }
+            }
+        }
+    }
+}
