@@ -11,7 +11,9 @@ target=aarch64-unknown-linux-gnu
 if [ "$(uname -m)" != aarch64 ]; then
     rustup target add $target
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
-    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+    # Of tests that start processes of their own, too.
+    export CANDLE_NORM_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
+    export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER=$CANDLE_NORM_RUNNER
     export CC_aarch64_unknown_linux_gnu=aarch64-linux-gnu-gcc CXX_aarch64_unknown_linux_gnu=aarch64-linux-gnu-g++
 fi
 # A build folder of its own: dependencies are built for this machine and that one.

@@ -51,6 +51,23 @@ pub fn settle() {
     drop(std::hint::black_box(vec![1u8; (32 << 20) - (64 << 10)]));
 }
 
+/// Has glibc's malloc keep what is freed, and says whether it does. As it comes it gives memory back once 64 MiB are
+/// free at the end of its heap. Whether they are there depends on what lies behind them, and so on the rows before; and
+/// to have them back, page by page, can take most of a row's time.
+#[cfg(all(target_os = "linux", target_env = "gnu"))]
+pub fn keep_freed() -> bool {
+    let most = i32::MAX;
+    // SAFETY: sets two numbers of malloc's, under its lock.
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 1 << 30) & libc::mallopt(libc::M_TRIM_THRESHOLD, most) == 1
+    }
+}
+
+#[cfg(not(all(target_os = "linux", target_env = "gnu")))]
+pub fn keep_freed() -> bool {
+    false
+}
+
 /// Bytes above what was there before a step.
 #[derive(Debug, Clone, Copy)]
 pub struct Memory {

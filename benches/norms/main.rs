@@ -52,6 +52,9 @@ struct Args {
     /// Marks rows whose rounds disagree, and does not measure them again
     #[arg(long)]
     once: bool,
+    /// Leaves glibc's malloc as it comes, which gives large blocks back and has them mapped anew
+    #[arg(long)]
+    default_malloc: bool,
     /// Given by cargo: whoever starts the program without it gets `--test`
     #[arg(long, hide = true)]
     bench: bool,
@@ -93,7 +96,8 @@ fn main() -> Result<()> {
         return Ok(());
     }
     memory::settle();
-    println!("on {}", place.name);
+    let kept = if !args.default_malloc && memory::keep_freed() { ", what is freed is kept" } else { "" };
+    println!("on {}{kept}", place.name);
     let lines = measure(&asked, args.settings(), if args.once { 0 } else { 2 }, &place)?;
     if lines.is_empty() {
         println!("no row has these words in its name; --list names them");

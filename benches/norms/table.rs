@@ -126,7 +126,7 @@ pub fn summary(lines: &[Line]) -> String {
     if disagree > 0 {
         let _ = writeln!(
             out,
-            "{disagree} rows are marked '?': half of their rounds lie more than a quarter apart, after more of them too"
+            "{disagree} rows are marked '?': their rounds leave the median in doubt by more than a quarter, after more of them too"
         );
     }
     out

@@ -171,3 +171,14 @@ pub fn relative_l2(got: &[f64], expected: &[f64]) -> f64 {
     let error = norm(&mut got.iter().zip(expected).map(|(g, e)| g - e));
     error / norm(&mut expected.iter().copied())
 }
+
+/// One test of this program in a process of its own; through `CANDLE_NORM_RUNNER`, where this machine needs one for it
+/// (`ci/arm.sh`).
+pub fn process_for(test: &str) -> std::process::Command {
+    let program = std::env::current_exe().unwrap();
+    let runner = std::env::var("CANDLE_NORM_RUNNER").unwrap_or_default();
+    let mut words = runner.split_whitespace().map(Into::into).chain([program.into_os_string()]);
+    let mut command = std::process::Command::new(words.next().unwrap());
+    command.args(words).args(["--exact", test]);
+    command
+}

@@ -4,7 +4,7 @@
 //! again as a child process that has it.
 
 use crate::case::{Arguments, Case};
-use crate::common::{tensor, values};
+use crate::common::{process_for, tensor, values};
 use crate::finite_differences::{cases, close, derivative};
 use crate::oracle;
 use candle_core::{DType, Result, Tensor, Var};
@@ -17,8 +17,7 @@ fn switched_on(test: &str, checks: impl Fn() -> Result<()>) -> Result<()> {
         return checks();
     }
     let name = format!("second_order::{test}");
-    let mut child = std::process::Command::new(std::env::current_exe()?);
-    let output = child.args(["--exact", &name]).env(SWITCH, "1").output()?;
+    let output = process_for(&name).env(SWITCH, "1").output()?;
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success() && said.contains("1 passed"), "{said}");
     Ok(())

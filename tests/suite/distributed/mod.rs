@@ -10,6 +10,7 @@ mod support;
 mod tcp;
 mod training;
 
+use crate::common::process_for;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_norm::distributed::{LocalGroup, ProcessGroup};
 use cases::{Case, Group};
@@ -157,11 +158,7 @@ fn gradients_of_gradients_are_refused() {
     const NAME: &str = "CANDLE_GRAD_DO_NOT_DETACH";
     if std::env::var(NAME).is_err() {
         let test = "distributed::gradients_of_gradients_are_refused";
-        let status = std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", test])
-            .env(NAME, "1")
-            .output()
-            .unwrap();
+        let status = process_for(test).env(NAME, "1").output().unwrap();
         let output = String::from_utf8_lossy(&status.stdout);
         assert!(status.status.success() && output.contains("1 passed"), "{output}");
         return;

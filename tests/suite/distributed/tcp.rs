@@ -1,6 +1,7 @@
 //! The distributed cases over sockets, and what only sockets can do wrong.
 
 use super::cases::{self, Group};
+use crate::common::process_for;
 use candle_core::{DType, Device, Result, Tensor};
 use candle_norm::distributed::{ProcessGroup, TcpGroup};
 use std::io::{Read, Write};
@@ -214,8 +215,7 @@ fn tcp_group_from_the_environment() {
     }
     let (host, port) = address().rsplit_once(':').map(|(h, p)| (h.to_string(), p.to_string())).unwrap();
     let start = |rank: usize| {
-        std::process::Command::new(std::env::current_exe().unwrap())
-            .args(["--exact", TEST])
+        process_for(TEST)
             .envs([
                 ("RANK", &*rank.to_string()),
                 ("WORLD_SIZE", "3"),
