@@ -414,7 +414,8 @@ pub fn rms_norm_channels(input: &Tensor, weight: Option<&Tensor>, eps: f64) -> R
     over_channels("rms-norm-channels", input, weight, None, eps, false)
 }
 
-/// Layer and RMS norm over dimension 1, through a view that has it last.
+/// Layer and RMS norm over dimension 1: that of the view which has it last, in the order in which the input lies. The
+/// graph has no view where that is the input's own: candle adds up a permuted gradient element by element.
 fn over_channels(
     op: &'static str,
     input: &Tensor,
@@ -424,15 +425,15 @@ fn over_channels(
     center: bool,
 ) -> Result<Tensor> {
     let channels = check_channels(op, input, 2)?;
+    check_affine(op, input, weight, bias, eps)?;
     let last: Vec<usize> = [0].into_iter().chain(2..input.rank()).chain([1]).collect();
-    let order = Order(Some(last));
-    let view = order.there(input)?;
-    // What cannot be read where it lies is copied in the input's order, not in the view's.
-    let view = match place_rows(&view, &[channels], center, false) {
-        Some(_) => view,
-        None => order.there(&input.contiguous()?)?,
+    let place = |x: &Tensor| {
+        let placed = place_rows(&x.detach().permute(last.as_slice()).ok()?, &[channels], center, false)?;
+        let order = placed.order.map_or(last.clone(), |order| order.into_iter().map(|i| last[i]).collect());
+        let own = order.iter().copied().eq(0..x.rank());
+        Some(Placed { order: (!own).then_some(order), ..placed })
     };
-    order.back(apply_layer(op, &view, &[channels], weight, bias, eps, center)?)
+    apply(op, input, place, weight, bias, eps, Source::Input(None), Around::default())
 }
 
 pub(crate) fn apply_layer(
