@@ -45,8 +45,8 @@ fn with_residual<T: Stored, R: Element<Acc = T::Acc>>(
     let mut x = source::<T>(level, norm, &call.x, &call.gate)?;
     let residual = call.residual.map(|r| elements::<R>(norm, &r)).transpose()?;
     let residual = residual.map(|x| Tensor { level, x, width: g.width });
-    // z is not rounded before what follows it, nor x times its gate.
-    let wide = after.any() || x.gate.is_some() || same::<T, R>(&[]).is_none();
+    // z that scratch holds is not rounded before what follows it, nor is x times its gate.
+    let wide = !after.in_registers::<T::Walk>() || x.gate.is_some() || same::<T, R>(&[]).is_none();
     let form = Form::of(g, call.weight.is_some() || call.bias.is_some());
     let bytes = if wide { size_of::<T::Acc>() } else { size_of::<T::Walk>() };
     let plan = plan::Forward::new(g, form, bytes, call.given.is_some());

@@ -7,7 +7,7 @@
 
 use super::element::{Element, Float};
 use super::kernel::{Finish, Out, Place};
-use super::loops::{Behind, Conversions, Line, Stored, Walked, Wide};
+use super::loops::{Behind, Conversions, Finishes, Line, Stored, Walked, Wide};
 use super::simd_level::Level;
 use super::tile::Tile;
 use super::view::{same, same_mut, Block, InTile, OutTile};
@@ -277,6 +277,15 @@ impl<'a, T: Stored> After<'a, T> {
         self.skip.is_some() || self.activation.is_some() || self.gate.is_some()
     }
 
+    fn behind(&self) -> Behind<Tensor<'a, T>> {
+        Behind { skip: self.skip, activation: self.activation, gate: self.gate }
+    }
+
+    /// Whether walks over `W` leave z in registers, not in scratch.
+    pub fn in_registers<W: 'static>(&self) -> bool {
+        !self.any() || same::<T::Walk, W>(&[]).is_some() && self.behind().in_registers::<T::Acc>()
+    }
+
     /// Whether walks over `W` write scratch.
     pub fn staged<W: 'static>(&self) -> bool {
         !self.any() && same::<T, W>(&[]).is_none()
@@ -290,12 +299,11 @@ impl<'a, T: Stored> After<'a, T> {
         walk: impl FnOnce(Out<W>),
     ) {
         let tile = y.tile().clone();
-        let [skip, gate] = [self.skip, self.gate].map(|tensor| tensor.map(|tensor| tensor.tile(&tile)));
-        let (level, behind) = (self.level, Behind { skip, activation: self.activation, gate });
+        let (level, behind) = (self.level, self.behind().map(|tensor| tensor.tile(&tile)));
         if !self.any() {
             return write(level, y, scratch, |y| walk(Out::Tile(y)));
         }
-        if behind.in_registers::<T::Acc>() {
+        if self.in_registers::<W>() {
             return walk(Out::Finished(&mut Finished { level, behind, y }));
         }
         let z = room(&mut scratch.wide, tile.rows.len() * tile.columns.len());
@@ -360,10 +368,10 @@ impl<T: Stored, W: Walked<Acc = T::Acc>> Finish<W> for Finished<'_, T> {
     }
 
     fn write(&mut self, Place { at, stride }: Place, x: Block<W>, line: &Line<T::Acc>) {
-        let Some(x) = x.same::<T::Acc>() else { unreachable!("finished in another type than is walked") };
+        let Some(x) = x.same::<T::Walk>() else { unreachable!("finished in another type than is walked") };
         let behind = self.behind.map(|tile| tile.block(at, stride, x.rows, x.n));
         let y = self.y.block(at, stride, x.rows, x.n);
-        Conversions::<T>::of(self.level).finish_line(x, y, line, behind)
+        Finishes::<T>::of(self.level).finish_line(x, y, line, behind)
     }
 }
 

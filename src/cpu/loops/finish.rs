@@ -7,7 +7,7 @@
 
 use super::maps::of_row;
 use super::sums::splat;
-use super::{each_vector, get, put};
+use super::{each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::{Block, To};
@@ -136,9 +136,9 @@ pub(super) fn finish<S: Simd, T: Element>(s: S, z: Block<T::Acc>, mut y: To<T>, 
 }
 
 #[inline(always)]
-pub(super) fn finish_line<S: Simd, T: Element>(
+pub(super) fn finish_line<S: Simd, T: Stored>(
     s: S,
-    x: Block<T::Acc>,
+    x: Block<T::Walk>,
     y: To<T>,
     line: &Line<T::Acc>,
     behind: Behind<Block<T>>,
@@ -157,9 +157,9 @@ pub(super) fn finish_line<S: Simd, T: Element>(
 }
 
 #[inline(always)]
-fn of_kind<S: Simd, T: Element, const KIND: u8>(
+fn of_kind<S: Simd, T: Stored, const KIND: u8>(
     s: S,
-    x: Block<T::Acc>,
+    x: Block<T::Walk>,
     mut y: To<T>,
     line: &Line<T::Acc>,
     behind: Behind<Block<T>>,
@@ -179,7 +179,7 @@ fn of_kind<S: Simd, T: Element, const KIND: u8>(
                     // SAFETY: the runs lie within the blocks' rows, by the assertions.
                     unsafe {
                         each_vector!(w, run, |at, k| {
-                            let z = (get::<S, T::Acc>(s, p.add(at), k) - high).fma(scale, bias);
+                            let z = (get::<S, T::Walk>(s, p.add(at), k) - high).fma(scale, bias);
                             put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
                             s.prefetch(p.wrapping_add(at + ahead));
                         })
@@ -193,7 +193,7 @@ fn of_kind<S: Simd, T: Element, const KIND: u8>(
                 // SAFETY: all places are below `n`, which all have.
                 unsafe {
                     each_vector!(w, n, |at, k| {
-                        let xhat = (get::<S, T::Acc>(s, p.add(at), k) - high).fma(rstd, shift);
+                        let xhat = (get::<S, T::Walk>(s, p.add(at), k) - high).fma(rstd, shift);
                         let weight = get::<S, T::Acc>(s, weight.add(at), k);
                         let z = match bias {
                             Some(bias) => xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at), k)),
@@ -211,7 +211,7 @@ fn of_kind<S: Simd, T: Element, const KIND: u8>(
                 // SAFETY: all places are below `n`, which all have.
                 unsafe {
                     each_vector!(w, n, |at, k| {
-                        let d = get::<S, T::Acc>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                        let d = get::<S, T::Walk>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                         let scale = get::<S, T::Acc>(s, scale.add(at), k);
                         let z = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
                         let z = match of_row {

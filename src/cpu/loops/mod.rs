@@ -188,13 +188,19 @@ table! {
         gated = maps::gated, (x: Block<T>, gate: Block<T>, y: &mut [T::Acc]);
         /// Rows rounded.
         narrow = maps::narrow, (x: Block<T::Acc>, y: To<T>);
-        /// What stands behind a norm, done to the z that `line` makes of x, and rounded to y.
-        finish_line = finish::finish_line,
-            (x: Block<T::Acc>, y: To<T>, line: &Line<T::Acc>, behind: Behind<Block<T>>);
-        /// The same, done to z.
+        /// What stands behind a norm, done to z, and rounded to y.
         finish = finish::finish, (z: Block<T::Acc>, y: To<T>, behind: Behind<Block<T>>);
         /// `x + b` rounded, to y and, one row behind the other, to `z`.
         add = maps::add, (x: Block<T::Acc>, b: Block<T>, y: To<T>, z: &mut [T]);
+    }
+}
+
+table! {
+    /// Loops from what is walked to a tensor's type.
+    Finishes<T: Stored> {
+        /// What stands behind a norm, done to the z that `line` makes of x, and rounded to y.
+        finish_line = finish::finish_line,
+            (x: Block<T::Walk>, y: To<T>, line: &Line<T::Acc>, behind: Behind<Block<T>>);
     }
 }
 

@@ -3,7 +3,7 @@
 use super::fused;
 use super::ran;
 use crate::cpu::affine::Form;
-use crate::cpu::loops::{Conversions, Fused, Loops};
+use crate::cpu::loops::{Conversions, Finishes, Fused, Loops};
 use crate::cpu::plan::{past_from_of, Asked, Backward, Forward, From, Visit, Walk};
 use crate::cpu::simd_level::Level;
 use crate::fusion::{Activation, Fusion, Gate};
@@ -125,7 +125,7 @@ fn every_walk_and_loop_runs_at_every_level() {
             assert!(ran::has::<bf16>(level.name(), what), "{what} of bf16 at {}", level.name());
             assert!(ran::has::<f64>(f64s, what), "{what} of f64 at {f64s}");
         }
-        for what in Conversions::<f32>::NAMES {
+        for what in Conversions::<f32>::NAMES.iter().chain(Finishes::<f32>::NAMES) {
             assert!(ran::has::<half::f16>(level.name(), what), "{what} of f16 at {}", level.name());
             assert!(ran::has::<bf16>(level.name(), what), "{what} of bf16 at {}", level.name());
         }
