@@ -3,7 +3,7 @@
 //     z = xhat * weight + bias + skip
 //     y = activation(z)               or z * silu(gate)
 //
-// The one place through which an output leaves and a gradient enters. z is not rounded. A norm with
+// Where z becomes y and dy becomes dz; kernels load and store them by `Pack` of element.cuh. z is not rounded. A norm with
 // nothing around it does not have the flag FUSED, and takes the loops that never come here.
 // Activations are within 2 ulp of f64 except GELU near and below -1, where CUDA's erfc has 4.
 #pragma once

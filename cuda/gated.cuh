@@ -1,6 +1,6 @@
 // RMS norm of x * silu(gate): a row in a block's registers, forward and backward.
 //
-// Apart from held.cuh, whose sets lie in shared memory in x's type: here what is normalized is a product that must
+// Apart from held.cuh, whose sets are held in x's type: here what is normalized is a product that must
 // not be rounded. It is 16 values a thread (8 of f64), and takes a row of 512 threads and no shared memory.
 //
 // With s = sigmoid(gate), u = x * gate * s, xhat = u * rstd and g = dy * weight, over n elements of a row:

@@ -1,6 +1,7 @@
 // The first touch of an element: x on its way into shared memory, a residual added on the way.
 //
-// The one place that reads the memory of x, and of dy for sets that are held on chip. `sum` is rounded
+// Sets that are held on chip come in here, x and dy. What is read element by element (columns.cuh, gated.cuh,
+// plain_backward.cuh) goes through `Pack` of element.cuh. `sum` is rounded
 // as add-then-norm would round it, and the rounded sum is what is normalized.
 #pragma once
 #include "sets.cuh"

@@ -2,8 +2,8 @@
 //
 // Forward: moments of the chunks, combined (combine.cuh), then the output: three passes over memory.
 // Backward: gradient sums of the chunks, combined, then dx: five. Where the statistics are given, the
-// last pass alone. A chunk is a piece of one segment, or several whole segments, and is held in shared
-// memory as a small set is.
+// last pass alone. A chunk is a piece of one segment, or several whole segments, and is held on
+// chip as a small set is.
 #pragma once
 #include "held_backward.cuh"
 

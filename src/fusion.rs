@@ -1,7 +1,7 @@
 //! What stands around a norm and is done in the same visit: plain values, and the activations' mathematics.
 //!
 //! Apart from `geometry`, which says where elements lie, and from the kernels, which compute all this in
-//! vectors: here it is written once in f64, for oracles and for reading.
+//! vectors: here it is written once in candle's operations, for devices without kernels and for reading.
 //!
 //! ```text
 //! s    = round(x + residual)      or x * silu(gate), not rounded

@@ -4,13 +4,13 @@
 use super::affine::{Affine, Form};
 use super::element::{converted, Element, Float};
 use super::kernel::{self, Partial};
-use super::load_store::{pieces, After, Scratch, Source, Tensor};
 use super::loops::{Stored, Walked};
 use super::moments::{Moments, Source as StatsFrom, Stat, Stats};
 use super::output::Output;
 use super::parallel::{for_each, split};
 use super::plan::{self, From, Visit};
 use super::simd_level::Level;
+use super::staging::{pieces, After, Scratch, Source, Tensor};
 use super::view::same;
 use super::walks;
 use crate::fusion::Gate;

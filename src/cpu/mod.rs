@@ -21,7 +21,7 @@
 //! | loop | what runs in vectors; compiled once a level and type, and called through a table | `loops/` |
 //! | level | the vector instructions of this machine | `simd_level.rs` |
 //!
-//! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `load_store.rs` (a tile as walks read it),
+//! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `staging.rs` (a tile as walks read it),
 //! `walks/`, `loops/`, and each imports only what comes after it.
 // Loops by index become vectors more surely than zipped ones; loops take what they touch, not a struct of it.
 #![allow(clippy::needless_range_loop, clippy::type_complexity, clippy::too_many_arguments)]
@@ -33,7 +33,6 @@ mod backward_formula;
 mod element;
 mod forward;
 mod kernel;
-mod load_store;
 mod loops;
 mod moments;
 mod output;
@@ -42,6 +41,7 @@ mod plan;
 mod running;
 mod scalar;
 mod simd_level;
+mod staging;
 #[cfg(test)]
 mod tests;
 mod tile;

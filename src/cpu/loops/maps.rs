@@ -1,4 +1,5 @@
-//! Maps, which write each element once, and ask for what is `ahead` of what they read.
+//! Maps from x to y, from x and dy to dx, and between types: each element is written once, and what is `ahead` of what
+//! is read is asked for.
 #![allow(unsafe_code)]
 
 use super::sums::splat;

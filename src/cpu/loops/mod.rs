@@ -1,6 +1,6 @@
 //! The inner loops, compiled once for every level and every type that is walked.
 //!
-//! A loop is written once, generic over vectors (`sums`, `maps`, `columns`); the macro below makes of each a
+//! A loop is written once, generic over vectors (`sums`, `columns`, `maps`, `finish`, `fused`); the macro below makes of each a
 //! function with a level's target features, and a table of pointers to them. Everything above calls through
 //! the table and is compiled once a type, for the baseline. Apart, because here each instruction counts:
 //! sums have several chains, so that the processor need not wait for one addition before the next; every

@@ -12,7 +12,7 @@ use crate::cpu::loops::{Line, Walked};
 use crate::cpu::moments::{Source, Stat};
 use crate::geometry::Geometry;
 
-/// Bytes up to which a set is short.
+/// Elements up to which a set is short: its sums stay in the accumulation type, no longer than a panel's at any level.
 const SHORT: usize = 1024;
 /// Bytes that are taken at a time, of x.
 const AT_A_TIME: usize = 8 << 10;
@@ -21,10 +21,10 @@ const MOST: usize = 16;
 /// Longer sets whose sums of columns are made together.
 const ABREAST: usize = 4;
 
-/// Sets at a time, of `bytes`.
-fn step(bytes: usize, long: usize) -> usize {
-    match bytes <= SHORT {
-        true => (AT_A_TIME / bytes / ABREAST * ABREAST).clamp(ABREAST, MOST),
+/// Sets at a time, of `n` elements.
+fn step<T>(n: usize, long: usize) -> usize {
+    match n <= SHORT {
+        true => (AT_A_TIME / (n * size_of::<T>()) / ABREAST * ABREAST).clamp(ABREAST, MOST),
         false => long,
     }
 }
@@ -41,8 +41,8 @@ fn part(g: &Geometry, set: usize) -> Part {
 
 pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
     let (g, n, sets) = (k.g, k.g.run, k.tile.sets(k.g));
-    let short = n * size_of::<T>() <= SHORT;
-    let step = step(n * size_of::<T>(), 1);
+    let short = n <= SHORT;
+    let step = step::<T>(n, 1);
     let mut stats = [Stat::ZERO; MOST];
     let mut constants = Vec::with_capacity(step);
     for set in sets.clone().step_by(step) {
@@ -87,8 +87,8 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
 pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
     let input = k.input;
     let (g, n, sets, loops) = (input.g, input.g.run, input.tile.sets(input.g), input.loops);
-    let short = n * size_of::<T>() <= SHORT;
-    let step = step(n * size_of::<T>(), ABREAST);
+    let short = n <= SHORT;
+    let step = step::<T>(n, ABREAST);
     let abreast = short && matches!(k.means, MeansFrom::Tile);
     let weight = &input.affine.weight;
     let mut gradients = [InputGradient::ZERO; MOST];
