@@ -12,7 +12,8 @@ use crate::cpu::loops::{Line, Walked};
 use crate::cpu::moments::{Source, Stat};
 use crate::geometry::Geometry;
 
-/// Elements up to which a set is short: its sums stay in the accumulation type, no longer than a panel's at any level.
+/// Elements up to which a set is short: its sums stay in the accumulation type, in f32 no longer than a panel's at any
+/// level.
 const SHORT: usize = 1024;
 /// Bytes that are taken at a time, of x.
 const AT_A_TIME: usize = 8 << 10;
