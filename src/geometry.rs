@@ -274,7 +274,15 @@ fn memory_order(dims: &[usize], stride: &[usize]) -> Option<Vec<usize>> {
         return Some(order);
     }
     // Dimensions of size 1 have arbitrary strides and move nothing: they go where they stand.
-    order.sort_by_key(|&d| if dims[d] == 1 { (0, d) } else { (1, usize::MAX - stride[d]) });
+    let place = |d: usize| if dims[d] == 1 { (0, d) } else { (1, usize::MAX - stride[d]) };
+    // By insertion: there are few, and the library's sort is compiled again for each key.
+    for end in 1..order.len() {
+        for i in (1..=end).rev() {
+            if place(order[i - 1]) > place(order[i]) {
+                order.swap(i - 1, i);
+            }
+        }
+    }
     let mut expected = 1;
     for &d in order.iter().rev().filter(|&&d| dims[d] != 1) {
         if stride[d] != expected {

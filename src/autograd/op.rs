@@ -66,7 +66,7 @@ fn running_statistics(x: &Tensor, running: &Running) -> Result<Tensor> {
     let dtype = accumulation_dtype(x.dtype());
     let mean = running.mean.as_detached_tensor().to_dtype(dtype)?;
     let var = running.var.as_detached_tensor().to_dtype(dtype)?;
-    Tensor::stack(&[&mean, &mean.zeros_like()?, &var], 0)
+    Tensor::stack(&[mean.clone(), mean.zeros_like()?, var], 0)
 }
 
 /// The composed counterpart of what the kernels do with `Forward::running`.

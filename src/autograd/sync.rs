@@ -166,7 +166,8 @@ fn merge_on_device(gathered: &Tensor, channels: usize) -> Result<(Tensor, Tensor
     let counts = ((wide.narrow(1, 0, 1)? * COUNT_BASE as f64)? + wide.narrow(1, 1, 1)?)?;
     let total = counts.sum_keepdim(0)?;
     // 0 samples on all ranks: any divisor gives 0.
-    let shares = counts.broadcast_div(&total.maximum(1f64)?)?;
+    // Not `Tensor::maximum`, which is generic: candle's loops for it would be compiled here again.
+    let shares = counts.broadcast_div(&total.broadcast_maximum(&total.ones_like()?)?)?;
     let rows = wide.narrow(1, 2, 3 * channels)?.reshape((ranks, 3, channels))?;
     let row = |i| rows.narrow(1, i, 1)?.squeeze(1);
     let means = (row(0)? + row(1)?)?;

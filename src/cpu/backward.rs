@@ -3,17 +3,17 @@
 
 use super::affine::{Affine, Form};
 use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
-use super::element::{converted, Float};
+use super::element::{converted, Element, Float};
 use super::forward::{after, elements, source, written};
 use super::kernel::{self, Input, PartialSums};
 use super::loops::{Stored, Walked};
 use super::moments::{Source as StatsFrom, Stats};
-use super::output::Output;
+use super::output::{Output, Tiles};
 use super::parallel::{for_each, split};
 use super::plan::{self, Asked, From, Visit, Walk};
 use super::simd_level::Level;
 use super::staging::{gated_gradient, pieces, write, After, Room, Scratch, Source, Tensor};
-use super::tile::Tile;
+use super::tile::{Cut, Tile};
 use super::view::OutTile;
 use super::walks;
 use crate::geometry::Geometry;
@@ -208,7 +208,7 @@ impl<'a, T: Stored> Call<'a, T> {
         params: bool,
     ) -> (Vec<Means<T::Acc>>, Params<T::Acc>) {
         let g = self.g;
-        let tiles: Vec<_> = visit.cut.tiles().collect();
+        let tiles = visit.cut.tiles();
         let mut all = TileSums::new(self.norm, &tiles, params);
         let counts = || tiles.iter().map(|t| t.sets(g).len());
         let mut partial = vec![Sums::default(); counts().sum()];
@@ -241,11 +241,14 @@ impl<'a, T: Stored> Call<'a, T> {
         [dx, dskip, dgate]: [Option<&mut Output<T>>; 3],
     ) -> Params<T::Acc> {
         let (g, tokens) = (self.g, self.norm.fusion.tokens);
-        let tiles: Vec<_> = visit.cut.tiles().collect();
+        let tiles = visit.cut.tiles();
         let mut all = TileSums::new(self.norm, &tiles, params);
-        let mut out = [dx, dskip, dgate].map(|output| output.map(|output| output.tiles(&visit.cut)));
-        let mut next = || out.each_mut().map(|tiles| tiles.as_mut().and_then(Iterator::next));
-        let work = tiles.iter().zip(all.split()).map(|(tile, params)| (tile, params, next()));
+        let cut = &visit.cut;
+        let mut out = [tiles_of(dx, cut), tiles_of(dskip, cut), tiles_of(dgate, cut)];
+        let work = tiles.iter().zip(all.split()).map(|(tile, params)| {
+            let [dx, dskip, dgate] = &mut out;
+            (tile, params, [next_of(dx), next_of(dskip), next_of(dgate)])
+        });
         let staged = self.x.staged::<W>() || self.after.any();
         let back_to_z = visit.back_to_z(g, self.affine.form);
         let bytes = self.x.bytes();
@@ -254,8 +257,8 @@ impl<'a, T: Stored> Call<'a, T> {
                 let piece = &piece;
                 let affine = &self.affine.of_row(piece.rows.start, g);
                 let own = params.as_mut().map(|p| p.of_sample(tokens, tile, piece));
-                let [dx, dskip, dgate] =
-                    out.each_mut().map(|tile| tile.as_mut().map(|tile| tile.part(piece)));
+                let [dx, dskip, dgate] = &mut out;
+                let [dx, dskip, dgate] = [part_of(dx, piece), part_of(dskip, piece), part_of(dgate, piece)];
                 let Scratch { x, dy, z, out } = scratch;
                 let (before, behind) = match &self.x.gate {
                     Some(gate) => (dgate.map(|dgate| (gate, dgate)), [dskip, None]),
@@ -278,6 +281,20 @@ impl<'a, T: Stored> Call<'a, T> {
         });
         all.over_tiles()
     }
+}
+
+// Of outputs that may not be wanted.
+
+fn tiles_of<'a, T: Element>(output: Option<&'a mut Output<T>>, cut: &Cut) -> Option<Tiles<'a, T>> {
+    Some(output?.tiles(cut))
+}
+
+fn next_of<'a, T: Element>(tiles: &mut Option<Tiles<'a, T>>) -> Option<OutTile<'a, T>> {
+    tiles.as_mut()?.next()
+}
+
+fn part_of<'a, T: Element>(tile: &'a mut Option<OutTile<'_, T>>, piece: &Tile) -> Option<OutTile<'a, T>> {
+    Some(tile.as_mut()?.part(piece))
 }
 
 /// Sums for parameters, tile after tile.

@@ -2,9 +2,10 @@
 #![allow(unsafe_code)]
 
 use super::element::Element;
-use super::tile::Cut;
+use super::tile::{Cut, Tile};
 use super::view::OutTile;
 use crate::geometry::Geometry;
+use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 #[cfg(target_os = "linux")]
 use std::ops::Range;
@@ -39,6 +40,33 @@ fn advise_huge_pages<T>(buffer: &mut [MaybeUninit<T>]) {
 #[cfg(not(target_os = "linux"))]
 fn advise_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
 
+/// An output's tiles, one after the other. A type of its own, and no chain of closures: such a chain is compiled anew
+/// for every way in which it is gone through.
+pub(super) struct Tiles<'a, T> {
+    rest: std::vec::IntoIter<Tile>,
+    buffer: *mut T,
+    width: usize,
+    past: bool,
+    output: PhantomData<&'a mut T>,
+}
+
+impl<'a, T: Element> Iterator for Tiles<'a, T> {
+    type Item = OutTile<'a, T>;
+
+    fn next(&mut self) -> Option<OutTile<'a, T>> {
+        let tile = self.rest.next()?;
+        // SAFETY: the tiles of a cut lie within its geometry, which is the buffer's, and are disjoint; the
+        // buffer is borrowed for as long as they live.
+        Some(unsafe { OutTile::new(self.buffer, self.width, tile, self.past) })
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        self.rest.size_hint()
+    }
+}
+
+impl<T: Element> ExactSizeIterator for Tiles<'_, T> {}
+
 impl<T: Element> Output<T> {
     /// `past`: to be written past the caches.
     pub fn new(g: &Geometry, past: bool) -> Self {
@@ -54,12 +82,10 @@ impl<T: Element> Output<T> {
     }
 
     /// The tiles of `cut`, which cuts a tensor of this shape.
-    pub fn tiles<'a>(&'a mut self, cut: &'a Cut) -> impl ExactSizeIterator<Item = OutTile<'a, T>> {
+    pub fn tiles(&mut self, cut: &Cut) -> Tiles<'_, T> {
         assert_eq!(cut.geometry(), &self.g);
         let (buffer, width, past) = (self.buffer.as_mut_ptr(), self.g.width, self.past);
-        // SAFETY: the tiles of a cut lie within its geometry, which is this buffer's, and are disjoint; the
-        // buffer is borrowed for as long as they live.
-        cut.tiles().map(move |tile| unsafe { OutTile::new(buffer, width, tile, past) })
+        Tiles { rest: cut.tiles().into_iter(), buffer, width, past, output: PhantomData }
     }
 
     /// # Safety

@@ -26,17 +26,22 @@ pub(super) fn for_each<I: Send, S>(
     new: impl Fn() -> S + Sync,
     f: impl Fn(&mut S, I) + Sync,
 ) {
+    // Its body is compiled once, not for one thread and for several.
+    let f: &(dyn Fn(&mut S, I) + Sync) = &f;
     let threads = match items.len() {
         several @ 2.. if bytes > ALONE => rayon::current_num_threads().min(several),
         _ => 1,
     };
     if threads < 2 {
         let mut own = new();
-        return items.for_each(|item| f(&mut own, item));
+        for item in items {
+            f(&mut own, item)
+        }
+        return;
     }
-    let queue = Mutex::new(spread(items, threads).into_iter());
+    let queue = Mutex::new(Queue::new(items, threads));
     // A panic in `f` leaves the queue whole.
-    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).next();
+    let next = || queue.lock().unwrap_or_else(PoisonError::into_inner).take();
     together(threads - 1, &|| {
         let mut own = new();
         while let Some(item) = next() {
@@ -114,12 +119,34 @@ impl Drop for Closing<'_> {
     }
 }
 
-/// Items in turn from each of `parts` equal parts.
-fn spread<I>(items: impl ExactSizeIterator<Item = I>, parts: usize) -> Vec<I> {
-    let len = items.len().div_ceil(parts);
-    let mut rest: Vec<Option<I>> = items.map(Some).collect();
-    let order = (0..len).flat_map(|i| (0..parts).map(move |part| part * len + i));
-    order.filter_map(|i| rest.get_mut(i)?.take()).collect()
+/// Items, which are taken in turn from each of `parts` equal parts.
+struct Queue<I> {
+    items: Vec<Option<I>>,
+    parts: usize,
+    taken: usize,
+}
+
+impl<I> Queue<I> {
+    fn new(from: impl ExactSizeIterator<Item = I>, parts: usize) -> Self {
+        let mut items = Vec::with_capacity(from.len());
+        for item in from {
+            items.push(Some(item));
+        }
+        Queue { items, parts, taken: 0 }
+    }
+
+    fn take(&mut self) -> Option<I> {
+        let len = self.items.len().div_ceil(self.parts);
+        while self.taken < len * self.parts {
+            let place = self.taken % self.parts * len + self.taken / self.parts;
+            self.taken += 1;
+            // The last parts may be shorter.
+            if let Some(item) = self.items.get_mut(place).and_then(Option::take) {
+                return Some(item);
+            }
+        }
+        None
+    }
 }
 
 /// `slice` in neighbouring parts of the given lengths.

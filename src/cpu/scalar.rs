@@ -4,21 +4,12 @@
 //! no instruction for it; `half`'s scalar conversions would be calls.
 
 use half::{bf16, f16};
-use std::ops::{Add, AddAssign, Mul, Sub};
 
 /// An element that is accumulated in `A`.
 pub(super) trait Number<A>: Copy {
     fn wide(self) -> A;
     /// To nearest, ties to even.
     fn rounded(x: A) -> Self;
-}
-
-/// What vectors of any level compute with.
-pub(super) trait Real:
-    Number<Self> + Add<Output = Self> + AddAssign + Sub<Output = Self> + Mul<Output = Self>
-{
-    const ZERO: Self;
-    fn mul_add(self, b: Self, c: Self) -> Self;
 }
 
 macro_rules! number {
@@ -40,20 +31,6 @@ number!(f32, f32, |x| x, |x| x);
 number!(f64, f64, |x| x, |x| x);
 number!(bf16, f32, |x| widen_bf16(x.to_bits()), |x| bf16::from_bits(narrow_bf16(x)));
 number!(f16, f32, |x| widen_f16(x.to_bits()), |x| f16::from_bits(narrow_f16(x)));
-
-macro_rules! real {
-    ($t:ty) => {
-        impl Real for $t {
-            const ZERO: Self = 0.0;
-            #[inline(always)]
-            fn mul_add(self, b: Self, c: Self) -> Self {
-                <$t>::mul_add(self, b, c)
-            }
-        }
-    };
-}
-real!(f32);
-real!(f64);
 
 #[inline(always)]
 fn widen_bf16(bits: u16) -> f32 {

@@ -3,6 +3,9 @@
 //! Loops are written once, generic over the vectors of `vector/`; `loops/` compiles them for every level, and
 //! a `Level` chooses between them.
 
+#[cfg(target_arch = "x86_64")]
+use super::vector::{Avx2, Avx512};
+use super::vector::{Portable, Simd};
 use candle_core::{bail, Result};
 use std::sync::OnceLock;
 
@@ -78,6 +81,14 @@ impl Level {
         }
         levels.push(Level(Instructions::Baseline));
         levels
+    }
+
+    /// Whether it finishes in registers.
+    pub fn finishes(self) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        return self.choose([Portable::FINISHES, Avx2::FINISHES, Avx512::FINISHES]);
+        #[cfg(not(target_arch = "x86_64"))]
+        Portable::FINISHES
     }
 
     /// This level's of three.

@@ -83,13 +83,19 @@ pub(super) fn pieces(
 
 /// Rows of a tile in strips, each with its place in scratch that holds the tile alone.
 fn strips(tile: &Tile) -> impl Iterator<Item = (Tile, usize)> + '_ {
-    let n = tile.columns.len();
-    tile.rows.clone().enumerate().flat_map(move |(r, row)| {
-        tile.columns.clone().step_by(STRIP).map(move |c| {
-            let columns = c..(c + STRIP).min(tile.columns.end);
-            let at = r * n + (c - tile.columns.start);
-            (Tile { rows: row..row + 1, columns }, at)
-        })
+    let Tile { rows, columns } = tile;
+    let (mut row, mut column, mut at) = (rows.start, columns.start, 0);
+    std::iter::from_fn(move || {
+        if column == columns.end {
+            (row, column) = (row + 1, columns.start);
+        }
+        if row >= rows.end || column == columns.end {
+            return None;
+        }
+        let strip = Tile { rows: row..row + 1, columns: column..columns.end.min(column + STRIP) };
+        let place = at;
+        (column, at) = (strip.columns.end, at + strip.columns.len());
+        Some((strip, place))
     })
 }
 
@@ -283,7 +289,7 @@ impl<'a, T: Stored> After<'a, T> {
 
     /// Whether walks over `W` leave z in registers, not in scratch.
     pub fn in_registers<W: 'static>(&self) -> bool {
-        !self.any() || same::<T::Walk, W>(&[]).is_some() && self.behind().in_registers::<T::Acc>()
+        !self.any() || same::<T::Walk, W>(&[]).is_some() && self.behind().in_registers::<T::Acc>(self.level)
     }
 
     /// Whether walks over `W` write scratch.

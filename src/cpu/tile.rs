@@ -245,12 +245,13 @@ impl Cut {
     }
 
     /// All tiles, in the order in which partial results are merged.
-    pub fn tiles(&self) -> impl ExactSizeIterator<Item = Tile> + '_ {
+    pub fn tiles(&self) -> Vec<Tile> {
         let (down, across) = self.grid();
-        (0..down * across).map(move |i| Tile {
+        let tile = |i| Tile {
             rows: part(i / across, self.rows, self.g.rows, self.outers, self.g.outer),
             columns: part(i % across, self.run, self.g.run, self.sets, self.g.sets_per_outer()),
-        })
+        };
+        (0..down * across).map(tile).collect()
     }
 }
 

@@ -14,15 +14,21 @@ pub(super) fn to_bytes(tensor: &Tensor) -> Result<Vec<u8>> {
     let Storage::Cpu(storage) = &*storage else {
         bail!("process-group: a message is on {:?}, expected host memory", tensor.device().location())
     };
+    let mut bytes = Vec::with_capacity(elements.len() * tensor.dtype().size_in_bytes());
     macro_rules! bytes {
         ($($kind:ident),*) => {
             match storage {
-                $(CpuStorage::$kind(v) => v[elements].iter().flat_map(|x| x.to_ne_bytes()).collect(),)*
+                $(CpuStorage::$kind(v) => {
+                    for x in &v[elements] {
+                        bytes.extend_from_slice(&x.to_ne_bytes())
+                    }
+                })*
                 _ => bail!("process-group: no messages of dtype {:?}", tensor.dtype()),
             }
         };
     }
-    Ok(bytes!(F64, F32, F16, BF16, I64, U32, U8))
+    bytes!(F64, F32, F16, BF16, I64, U32, U8);
+    Ok(bytes)
 }
 
 pub(super) fn from_bytes(bytes: &[u8], dtype: DType, dims: &[usize]) -> Result<Tensor> {

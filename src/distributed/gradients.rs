@@ -22,7 +22,7 @@ impl Parameters for VarMap {
     fn ordered(&self) -> Vec<Var> {
         let data = self.data().lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let mut named: Vec<_> = data.iter().collect();
-        named.sort_by_key(|(name, _)| *name);
+        named.sort_unstable_by_key(|(name, _)| *name);
         named.into_iter().map(|(_, var)| var.clone()).collect()
     }
 }
@@ -30,7 +30,7 @@ impl Parameters for VarMap {
 impl Parameters for [Var] {
     fn ordered(&self) -> Vec<Var> {
         let mut vars = self.to_vec();
-        vars.sort_by_key(age);
+        vars.sort_unstable_by_key(age);
         vars
     }
 }

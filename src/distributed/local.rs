@@ -262,7 +262,7 @@ fn combine(brought: &[Contribution]) -> Outcome {
     let compute = || -> Result<Tensor> {
         let mut tensors = brought.iter().map(|c| &c.tensor);
         match brought[0].kind {
-            Kind::Gather => Tensor::stack(&tensors.collect::<Vec<_>>(), 0),
+            Kind::Gather => Tensor::stack(&tensors.cloned().collect::<Vec<_>>(), 0),
             Kind::Broadcast(root) => Ok(brought[root].tensor.clone()),
             Kind::Sum => {
                 let first =

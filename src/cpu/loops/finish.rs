@@ -6,9 +6,10 @@
 #![allow(unsafe_code)]
 
 use super::maps::of_row;
-use super::sums::splat;
+use super::sums::{splats, starts};
 use super::{each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
+use crate::cpu::simd_level::Level;
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::{Block, To};
 use crate::fusion::Activation;
@@ -61,9 +62,9 @@ impl<B: Copy> Behind<B> {
         }
     }
 
-    /// Whether `finish_line` has it for elements that are computed with in `A`.
-    pub fn in_registers<A: Float>(&self) -> bool {
-        size_of::<A>() == size_of::<f32>() && self.kind() != OTHER
+    /// Whether `finish_line` has it, at a level, for elements that are computed with in `A`.
+    pub fn in_registers<A: Float>(&self, level: Level) -> bool {
+        size_of::<A>() == size_of::<f32>() && level.finishes() && self.kind() != OTHER
     }
 }
 
@@ -71,22 +72,30 @@ impl<T: Element> Behind<Block<'_, T>> {
     /// Row `r` of blocks of `rows` times `n` elements.
     #[inline(always)]
     fn row(&self, r: usize, [rows, n]: [usize; 2]) -> Behind<*const T> {
-        self.map(
-            #[inline(always)]
-            |b| {
-                assert!(b.rows == rows && b.n == n);
-                b.row(r)
-            },
-        )
+        let [mut skip, mut gate] = [None; 2];
+        if let Some(b) = self.skip {
+            assert!(b.rows == rows && b.n == n);
+            skip = Some(b.row(r));
+        }
+        if let Some(b) = self.gate {
+            assert!(b.rows == rows && b.n == n);
+            gate = Some(b.row(r));
+        }
+        Behind { skip, activation: self.activation, gate }
     }
 }
 
 impl<T: Element> Behind<*const T> {
     /// The rest of a row.
     #[inline(always)]
-    fn from(self, at: usize) -> Self {
-        let rest = |p: Option<*const T>| p.map(|p| p.wrapping_add(at));
-        Behind { skip: rest(self.skip), gate: rest(self.gate), ..self }
+    fn from(mut self, at: usize) -> Self {
+        if let Some(skip) = &mut self.skip {
+            *skip = skip.wrapping_add(at);
+        }
+        if let Some(gate) = &mut self.gate {
+            *gate = gate.wrapping_add(at);
+        }
+        self
     }
 
     /// What becomes of z, which is of `k` elements from `at` on.
@@ -143,16 +152,27 @@ pub(super) fn finish_line<S: Simd, T: Stored>(
     line: &Line<T::Acc>,
     behind: Behind<Block<T>>,
 ) {
-    assert!(behind.in_registers::<T::Acc>());
-    if size_of::<T::Acc>() > size_of::<f32>() {
-        return;
+    if const { S::FINISHES && size_of::<T::Acc>() == size_of::<f32>() } {
+        return of_any::<S, T>(s, x, y, line, behind);
     }
+    unreachable!("finished in registers where there is nothing that does")
+}
+
+#[inline(always)]
+fn of_any<S: Simd, T: Stored>(
+    s: S,
+    x: Block<T::Walk>,
+    y: To<T>,
+    line: &Line<T::Acc>,
+    behind: Behind<Block<T>>,
+) {
     match behind.kind() {
         SKIP => of_kind::<S, T, SKIP>(s, x, y, line, behind),
         RELU => of_kind::<S, T, RELU>(s, x, y, line, behind),
         SKIP_RELU => of_kind::<S, T, SKIP_RELU>(s, x, y, line, behind),
         SILU => of_kind::<S, T, SILU>(s, x, y, line, behind),
-        _ => of_kind::<S, T, GATE>(s, x, y, line, behind),
+        GATE => of_kind::<S, T, GATE>(s, x, y, line, behind),
+        _ => unreachable!("no kind of what is in registers"),
     }
 }
 
@@ -173,7 +193,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                 let runs = n / run;
                 assert!(runs * run == n);
                 for (i, c) in of_row(constants, runs, r).iter().enumerate() {
-                    let ([high, scale, bias], from) = (c.map(|c| splat::<S, T>(s, c)), i * run);
+                    let ([high, scale, bias], from) = (splats::<S, T, _>(s, c), i * run);
                     let (p, to, row) = (p.wrapping_add(from), to.wrapping_add(from), row.from(from));
                     let past = y.past(to);
                     // SAFETY: the runs lie within the blocks' rows, by the assertions.
@@ -188,7 +208,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
             }
             Line::Columns { weight, bias, constants, ahead } => {
                 assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
-                let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
+                let [high, rstd, shift] = splats::<S, T, _>(s, &of_row(constants, 1, r)[0]);
                 let (weight, bias, past) = (weight.as_ptr(), bias.map(|b| b.as_ptr()), y.past(to));
                 // SAFETY: all places are below `n`, which all have.
                 unsafe {
@@ -206,8 +226,11 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
             }
             Line::Each { constants, rows } => {
                 assert!(constants.iter().all(|c| c.len() >= n));
-                let ([high, scale, bias], past) = (constants.map(|c| c.as_ptr()), y.past(to));
-                let of_row = rows.map(|rows| rows.map(|values| splat::<S, T>(s, values[r])));
+                let ([high, scale, bias], past) = (starts(constants), y.past(to));
+                let of_row = match rows {
+                    Some([weight, bias]) => Some(splats::<S, T, _>(s, &[weight[r], bias[r]])),
+                    None => None,
+                };
                 // SAFETY: all places are below `n`, which all have.
                 unsafe {
                     each_vector!(w, n, |at, k| {

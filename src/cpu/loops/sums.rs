@@ -30,6 +30,43 @@ pub(super) fn splat<S: Simd, T: Element>(s: S, x: T::Acc) -> V<S, T> {
     V::<S, T>::splat(s, x)
 }
 
+// By index rather than `map` and `from_fn`, whose closures and guards the compiler takes apart again for every
+// loop, level and type.
+
+#[inline(always)]
+pub(super) fn splats<S: Simd, T: Element, const N: usize>(s: S, values: &[T::Acc; N]) -> [V<S, T>; N] {
+    let mut splats = [splat::<S, T>(s, T::Acc::ZERO); N];
+    let mut i = 0;
+    while i < N {
+        splats[i] = splat::<S, T>(s, values[i]);
+        i += 1;
+    }
+    splats
+}
+
+#[inline(always)]
+pub(super) fn starts<A, const N: usize>(slices: [&[A]; N]) -> [*const A; N] {
+    let mut starts = [std::ptr::null(); N];
+    let mut i = 0;
+    while i < N {
+        starts[i] = slices[i].as_ptr();
+        i += 1;
+    }
+    starts
+}
+
+/// The starts of the first rows.
+#[inline(always)]
+fn rows<T: Element, const R: usize>(x: Block<T>) -> [*const T; R] {
+    let mut rows = [std::ptr::null(); R];
+    let mut r = 0;
+    while r < R {
+        rows[r] = x.row(r);
+        r += 1;
+    }
+    rows
+}
+
 /// `$two` for pairs of vectors of `0..$n`, with the number of the pair of sums to add to, 0 or 1; `$one` for
 /// what is left.
 macro_rules! pairwise_in_turn {
@@ -160,7 +197,7 @@ fn some_moments<S: Simd, T: Element, const R: usize>(
     let (w, n) = (V::<S, T>::W, x.n);
     let (zero, one) = (splat::<S, T>(s, T::Acc::ZERO), splat::<S, T>(s, T::Acc::ONE));
     let count = T::Acc::from64(n as f64);
-    let p: [_; R] = std::array::from_fn(|r| x.row(r));
+    let p = rows::<T, R>(x);
     let mut base = [zero; R];
     for r in 0..R {
         stats[r] = Stat::ZERO;
@@ -356,7 +393,7 @@ fn some_dots<S: Simd, T: Element, const R: usize>(
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(dy.n == n && weight.len() >= n);
-    let rows: [_; R] = std::array::from_fn(|r| (x.row(r), dy.row(r)));
+    let (x, dy) = (rows::<T, R>(x), rows::<T, R>(dy));
     let zero = splat::<S, T>(s, T::Acc::ZERO);
     let (mut highs, mut g, mut gx) = ([zero; R], [zero; R], [zero; R]);
     for r in 0..R {
@@ -368,8 +405,8 @@ fn some_dots<S: Simd, T: Element, const R: usize>(
         each_vector!(w, n, |at, k| {
             let weight = get::<S, T::Acc>(s, weight.add(at), k);
             for r in 0..R {
-                let d = (get::<S, T>(s, rows[r].0.add(at), k) - highs[r]).keep(k);
-                let dy = get::<S, T>(s, rows[r].1.add(at), k) * weight;
+                let d = (get::<S, T>(s, x[r].add(at), k) - highs[r]).keep(k);
+                let dy = get::<S, T>(s, dy[r].add(at), k) * weight;
                 g[r] = g[r] + dy;
                 gx[r] = dy.fma(d, gx[r]);
             }
@@ -427,8 +464,11 @@ pub(super) fn add_columns<S: Simd, T: Element>(
     abreast!(x.rows, |r, R| {
         let rows = [x.part(r, R), dy.part(r, R)];
         // One for all, or each its own.
-        let stats: [_; R] = std::array::from_fn(|i| stats[(r + i).min(stats.len() - 1)]);
-        add_some_columns::<S, T, R>(s, rows, stats, [&mut *dw, &mut *db])
+        let mut of_rows = [stats[0]; R];
+        for i in 0..R {
+            of_rows[i] = stats[(r + i).min(stats.len() - 1)];
+        }
+        add_some_columns::<S, T, R>(s, rows, of_rows, [&mut *dw, &mut *db])
     })
 }
 
@@ -441,7 +481,7 @@ fn add_some_columns<S: Simd, T: Element, const R: usize>(
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(dy.n == n && dw.len() == n && db.len() == n);
-    let rows: [_; R] = std::array::from_fn(|r| (x.row(r), dy.row(r)));
+    let (x, dy) = (rows::<T, R>(x), rows::<T, R>(dy));
     let zero = splat::<S, T>(s, T::Acc::ZERO);
     let (mut high, mut low, mut rstd) = ([zero; R], [zero; R], [zero; R]);
     for r in 0..R {
@@ -456,8 +496,8 @@ fn add_some_columns<S: Simd, T: Element, const R: usize>(
             let (dw, db) = (dw.add(at), db.add(at));
             let (mut weight, mut bias) = (get::<S, T::Acc>(s, dw, k), get::<S, T::Acc>(s, db, k));
             for r in 0..R {
-                let dy = get::<S, T>(s, rows[r].1.add(at), k);
-                let d = (get::<S, T>(s, rows[r].0.add(at), k) - high[r]) - low[r];
+                let dy = get::<S, T>(s, dy[r].add(at), k);
+                let d = (get::<S, T>(s, x[r].add(at), k) - high[r]) - low[r];
                 weight = (dy * rstd[r]).fma(d, weight);
                 bias = bias + dy;
             }
@@ -478,7 +518,7 @@ pub(super) fn add_rows<S: Simd, T: Element>(
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(dy.n == n && dy.rows == x.rows && stats.iter().all(|s| s.len() >= n));
-    let [high, rstd, low] = stats.map(|s| s.as_ptr());
+    let [high, rstd, low] = starts(stats);
     for r in 0..x.rows {
         let (x, dy) = (x.row(r), dy.row(r));
         let zero = splat::<S, T>(s, T::Acc::ZERO);

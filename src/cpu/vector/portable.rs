@@ -4,8 +4,7 @@
 #![allow(unsafe_code)]
 
 use super::{Convert, Functions, Simd, Vector};
-use crate::cpu::scalar::{Number, Real};
-use std::array::from_fn;
+use crate::cpu::scalar::Number;
 use std::ops::{Add, Mul, Sub};
 
 /// aarch64 has fused multiply-add in its baseline; x86-64 would call a library function for it.
@@ -19,6 +18,9 @@ impl Simd for Portable {
     type F32 = Lanes<f32, 4>;
     type F64 = Lanes<f64, 2>;
 
+    /// On x86-64 few machines come this low.
+    const FINISHES: bool = cfg!(not(target_arch = "x86_64"));
+
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}
 }
@@ -26,129 +28,147 @@ impl Simd for Portable {
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Lanes<A, const W: usize>([A; W]);
 
-macro_rules! operator {
-    ($trait:ident, $method:ident, $operator:tt) => {
-        impl<A: Real, const W: usize> $trait for Lanes<A, W> {
+/// Lanes one by one: what `std::array::from_fn` makes of this costs the compiler three times as much.
+macro_rules! lanes {
+    ($a:ty: $($l:literal)*) => {
+        lanes!(@operator Add, add, +, $a: $($l)*);
+        lanes!(@operator Sub, sub, -, $a: $($l)*);
+        lanes!(@operator Mul, mul, *, $a: $($l)*);
+
+        impl Vector<Portable, $a> for Lanes<$a, { [$($l),*].len() }> {
+            const W: usize = [$($l),*].len();
+
+            #[inline(always)]
+            fn splat(_: Portable, x: $a) -> Self {
+                Lanes([x; { [$($l),*].len() }])
+            }
+
+            #[inline(always)]
+            fn fma(self, b: Self, c: Self) -> Self {
+                match FMA {
+                    true => Lanes([$(self.0[$l].mul_add(b.0[$l], c.0[$l])),*]),
+                    false => self * b + c,
+                }
+            }
+
+            #[inline(always)]
+            fn sum(self) -> $a {
+                let mut sum = self.0;
+                let mut half = sum.len() / 2;
+                while half > 0 {
+                    for l in 0..half {
+                        sum[l] += sum[l + half];
+                    }
+                    half /= 2;
+                }
+                sum[0]
+            }
+
+            #[inline(always)]
+            fn keep(self, n: usize) -> Self {
+                let mut kept = self.0;
+                for lane in kept.iter_mut().skip(n) {
+                    *lane = 0.0;
+                }
+                Lanes(kept)
+            }
+        }
+
+        // SAFETY of the blocks below: the caller's, for the elements that the method names.
+        impl<T: Number<$a>> Convert<Portable, T, $a> for Lanes<$a, { [$($l),*].len() }> {
+            #[inline(always)]
+            unsafe fn load(_: Portable, p: *const T) -> Self {
+                // SAFETY: as above.
+                Lanes([$(unsafe { p.add($l).read() }.wide()),*])
+            }
+
+            #[inline(always)]
+            unsafe fn load_pair(s: Portable, p: *const T) -> [Self; 2] {
+                // SAFETY: as above.
+                unsafe { [Self::load(s, p), Self::load(s, p.add([$($l),*].len()))] }
+            }
+
+            #[inline(always)]
+            unsafe fn load_part(_: Portable, p: *const T, n: usize) -> Self {
+                let mut lanes = [0.0; [$($l),*].len()];
+                for (l, lane) in lanes.iter_mut().enumerate().take(n) {
+                    // SAFETY: as above.
+                    *lane = unsafe { p.add(l).read() }.wide();
+                }
+                Lanes(lanes)
+            }
+
+            #[inline(always)]
+            unsafe fn store(self, p: *mut T, _: bool) {
+                // SAFETY: as above.
+                unsafe { $(p.add($l).write(T::rounded(self.0[$l]));)* }
+            }
+
+            #[inline(always)]
+            unsafe fn store_pair([a, b]: [Self; 2], p: *mut T, past: bool) {
+                // SAFETY: as above.
+                unsafe {
+                    Convert::<_, T, $a>::store(a, p, past);
+                    Convert::<_, T, $a>::store(b, p.add([$($l),*].len()), past);
+                }
+            }
+
+            #[inline(always)]
+            unsafe fn store_part(self, p: *mut T, n: usize) {
+                for (l, lane) in self.0.iter().enumerate().take(n) {
+                    // SAFETY: as above.
+                    unsafe { p.add(l).write(T::rounded(*lane)) };
+                }
+            }
+        }
+    };
+    (@operator $trait:ident, $method:ident, $operator:tt, $a:ty: $($l:literal)*) => {
+        impl $trait for Lanes<$a, { [$($l),*].len() }> {
             type Output = Self;
             #[inline(always)]
             fn $method(self, other: Self) -> Self {
-                Lanes(from_fn(|l| self.0[l] $operator other.0[l]))
+                Lanes([$(self.0[$l] $operator other.0[$l]),*])
             }
         }
     };
 }
-operator!(Add, add, +);
-operator!(Sub, sub, -);
-operator!(Mul, mul, *);
+lanes!(f32: 0 1 2 3);
+lanes!(f64: 0 1);
 
-impl<A: Real, const W: usize> Vector<Portable, A> for Lanes<A, W> {
-    const W: usize = W;
-
-    #[inline(always)]
-    fn splat(_: Portable, x: A) -> Self {
-        Lanes([x; W])
-    }
-
-    #[inline(always)]
-    fn fma(self, b: Self, c: Self) -> Self {
-        Lanes(from_fn(|l| match FMA {
-            true => self.0[l].mul_add(b.0[l], c.0[l]),
-            false => self.0[l] * b.0[l] + c.0[l],
-        }))
-    }
-
-    #[inline(always)]
-    fn sum(self) -> A {
-        let mut sum = self.0;
-        let mut half = W / 2;
-        while half > 0 {
-            for l in 0..half {
-                sum[l] += sum[l + half];
-            }
-            half /= 2;
-        }
-        sum[0]
-    }
-
-    #[inline(always)]
-    fn keep(self, n: usize) -> Self {
-        Lanes(from_fn(|l| if l < n { self.0[l] } else { A::ZERO }))
-    }
+/// Each of four lanes.
+macro_rules! four {
+    (|$l:ident| $lane:expr) => {
+        [four!($l, 0, $lane), four!($l, 1, $lane), four!($l, 2, $lane), four!($l, 3, $lane)]
+    };
+    ($l:ident, $n:literal, $lane:expr) => {{
+        let $l = $n;
+        $lane
+    }};
 }
 
 impl Functions<Portable> for Lanes<f32, 4> {
     #[inline(always)]
     fn div(self, b: Self) -> Self {
-        Lanes(from_fn(|l| self.0[l] / b.0[l]))
+        Lanes(four!(|l| self.0[l] / b.0[l]))
     }
 
     #[inline(always)]
     fn le(self, b: Self, yes: Self, no: Self) -> Self {
-        Lanes(from_fn(|l| if self.0[l] <= b.0[l] { yes.0[l] } else { no.0[l] }))
+        Lanes(four!(|l| if self.0[l] <= b.0[l] { yes.0[l] } else { no.0[l] }))
     }
 
     #[inline(always)]
     fn min(self, b: Self) -> Self {
-        Lanes(from_fn(|l| if self.0[l] < b.0[l] { self.0[l] } else { b.0[l] }))
+        Lanes(four!(|l| if self.0[l] < b.0[l] { self.0[l] } else { b.0[l] }))
     }
 
     #[inline(always)]
     fn above(self, b: Self) -> bool {
-        (0..4).fold(true, |all, l| all & (self.0[l] > b.0[l]))
+        four!(|l| self.0[l] > b.0[l]) == [true; 4]
     }
 
     #[inline(always)]
     fn exponent(self) -> Self {
-        Lanes(from_fn(|l| f32::from_bits(self.0[l].to_bits() << 23)))
-    }
-}
-
-// SAFETY of the blocks below: the caller's, for the elements that the method names.
-impl<T: Number<A>, A: Real, const W: usize> Convert<Portable, T, A> for Lanes<A, W> {
-    #[inline(always)]
-    unsafe fn load(_: Portable, p: *const T) -> Self {
-        // SAFETY: as above.
-        Lanes(from_fn(|l| unsafe { p.add(l).read() }.wide()))
-    }
-
-    #[inline(always)]
-    unsafe fn load_pair(s: Portable, p: *const T) -> [Self; 2] {
-        // SAFETY: as above.
-        unsafe { [Self::load(s, p), Self::load(s, p.add(W))] }
-    }
-
-    #[inline(always)]
-    unsafe fn load_part(_: Portable, p: *const T, n: usize) -> Self {
-        let mut lanes = [A::ZERO; W];
-        for (l, lane) in lanes.iter_mut().enumerate().take(n) {
-            // SAFETY: as above.
-            *lane = unsafe { p.add(l).read() }.wide();
-        }
-        Lanes(lanes)
-    }
-
-    #[inline(always)]
-    unsafe fn store(self, p: *mut T, _: bool) {
-        for (l, x) in self.0.into_iter().enumerate() {
-            // SAFETY: as above.
-            unsafe { p.add(l).write(T::rounded(x)) };
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store_pair([a, b]: [Self; 2], p: *mut T, past: bool) {
-        // SAFETY: as above.
-        unsafe {
-            Convert::<_, T, A>::store(a, p, past);
-            Convert::<_, T, A>::store(b, p.add(W), past);
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn store_part(self, p: *mut T, n: usize) {
-        for (l, x) in self.0.into_iter().enumerate().take(n) {
-            // SAFETY: as above.
-            unsafe { p.add(l).write(T::rounded(x)) };
-        }
+        Lanes(four!(|l| f32::from_bits(self.0[l].to_bits() << 23)))
     }
 }

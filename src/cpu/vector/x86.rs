@@ -29,6 +29,8 @@ macro_rules! level {
             type F32 = $f32;
             type F64 = $f64;
 
+            const FINISHES: bool = true;
+
             #[inline(always)]
             fn prefetch<T>(self, p: *const T) {
                 // SAFETY: a hint, which is no access.
