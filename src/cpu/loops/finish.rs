@@ -46,6 +46,9 @@ const GATE: u8 = 4;
 /// What is not.
 const OTHER: u8 = 5;
 
+/// No level has more lanes.
+const MOST_LANES: usize = 16;
+
 impl<B: Copy> Behind<B> {
     pub fn map<C>(&self, f: impl Fn(B) -> C) -> Behind<C> {
         Behind { skip: self.skip.map(&f), activation: self.activation, gate: self.gate.map(&f) }
@@ -209,16 +212,16 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
             Line::Columns { weight, bias, constants, ahead } => {
                 assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
                 let [high, rstd, shift] = splats::<S, T, _>(s, &of_row(constants, 1, r)[0]);
-                let (weight, bias, past) = (weight.as_ptr(), bias.map(|b| b.as_ptr()), y.past(to));
-                // SAFETY: all places are below `n`, which all have.
+                // Of no bias, the number that changes no bit: one loop for both, and every kind.
+                let none = [-T::Acc::ZERO; MOST_LANES];
+                let (bias, step) = bias.map_or((none.as_ptr(), 0), |b| (b.as_ptr(), 1));
+                let (weight, past) = (weight.as_ptr(), y.past(to));
+                // SAFETY: all places are below `n`, which all have; `none` has those of a vector.
                 unsafe {
                     each_vector!(w, n, |at, k| {
                         let xhat = (get::<S, T::Walk>(s, p.add(at), k) - high).fma(rstd, shift);
                         let weight = get::<S, T::Acc>(s, weight.add(at), k);
-                        let z = match bias {
-                            Some(bias) => xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at), k)),
-                            None => xhat * weight,
-                        };
+                        let z = xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at * step), k));
                         put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
                         s.prefetch(p.wrapping_add(at + ahead));
                     })
@@ -228,19 +231,16 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                 assert!(constants.iter().all(|c| c.len() >= n));
                 let ([high, scale, bias], past) = (starts(constants), y.past(to));
                 let of_row = match rows {
-                    Some([weight, bias]) => Some(splats::<S, T, _>(s, &[weight[r], bias[r]])),
-                    None => None,
+                    Some([weight, bias]) => [weight[r], bias[r]],
+                    None => [T::Acc::ONE, -T::Acc::ZERO],
                 };
+                let [row_weight, row_bias] = splats::<S, T, _>(s, &of_row);
                 // SAFETY: all places are below `n`, which all have.
                 unsafe {
                     each_vector!(w, n, |at, k| {
                         let d = get::<S, T::Walk>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                         let scale = get::<S, T::Acc>(s, scale.add(at), k);
-                        let z = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
-                        let z = match of_row {
-                            Some([weight, bias]) => z.fma(weight, bias),
-                            None => z,
-                        };
+                        let z = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k)).fma(row_weight, row_bias);
                         put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
                     })
                 }

@@ -85,23 +85,15 @@ macro_rules! table {
 
             #[cfg(target_arch = "x86_64")]
             pub fn of(level: Level) -> &'static Self {
+                // AVX2's at AVX-512, too: f64 is not worth more code.
+                if const { size_of::<T::Acc>() > size_of::<f32>() } {
+                    return level.choose([&Self::BASELINE, &Self::AVX2, &Self::AVX2]);
+                }
                 level.choose([&Self::BASELINE, &Self::AVX2, &Self::AVX512])
-            }
-
-            #[cfg(target_arch = "x86_64")]
-            #[allow(dead_code)] // by conversions
-            pub fn of_at_most_avx2(level: Level) -> &'static Self {
-                level.choose([&Self::BASELINE, &Self::AVX2, &Self::AVX2])
             }
 
             #[cfg(not(target_arch = "x86_64"))]
             pub fn of(_: Level) -> &'static Self {
-                &Self::BASELINE
-            }
-
-            #[cfg(not(target_arch = "x86_64"))]
-            #[allow(dead_code)] // by conversions
-            pub fn of_at_most_avx2(_: Level) -> &'static Self {
                 &Self::BASELINE
             }
         }
@@ -233,30 +225,29 @@ pub(super) trait Wide: Float + Walked {
 }
 
 macro_rules! loops_of {
-    ($t:ty, $of:ident) => {
+    ($t:ty) => {
         impl Walked for $t {
             fn loops(level: Level) -> &'static Loops<$t> {
-                Loops::$of(level)
+                Loops::of(level)
             }
         }
         impl Stored for $t {
             type Walk = $t;
         }
     };
-    ($t:ty, $of:ident, wide) => {
-        loops_of!($t, $of);
+    ($t:ty, wide) => {
+        loops_of!($t);
         impl Wide for $t {
             fn fused(level: Level) -> &'static Fused<$t> {
-                Fused::$of(level)
+                Fused::of(level)
             }
         }
     };
 }
 
-loops_of!(f32, of, wide);
-// AVX2's at AVX-512, too: f64 is not worth more code.
-loops_of!(f64, of_at_most_avx2, wide);
-loops_of!(bf16, of);
+loops_of!(f32, wide);
+loops_of!(f64, wide);
+loops_of!(bf16);
 
 impl Stored for f16 {
     type Walk = f32;
