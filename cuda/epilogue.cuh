@@ -26,6 +26,7 @@ template <class A> __device__ NORM_CALL A activate_smooth(u32 activation, A z) {
     case SIGMOID: return sigmoid(z);
     case HARD_SWISH: return z <= -3 ? A(0) : z >= 3 ? z : z * (z + 3) / 6;
     case GELU: return z * normal_below(z);
+    case GELU_TANH:
     default: return z * sigmoid(gelu_argument(z));
     }
 }
@@ -42,6 +43,7 @@ template <class A> __device__ NORM_CALL A slope_smooth(u32 activation, A z) {
     }
     case HARD_SWISH: return z <= -3 ? A(0) : z >= 3 ? A(1) : (2 * z + 3) / 6;
     case GELU: return normal_below(z) + z * A(0.39894228040143267794) * exp(A(-0.5) * z * z);
+    case GELU_TANH:
     default: {
         const A s = sigmoid(gelu_argument(z)), rest = s * (1 - s);
         // Where it is 0 the factor may be infinite.

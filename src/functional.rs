@@ -23,7 +23,7 @@
 // Apart from the layers, which hold parameters, and from `autograd`, which takes arguments as
 // correct: here every argument is checked, once, and every tensor gets its geometry, once.
 
-use crate::autograd::{normalize, normalize_shared, Parts, Source, Synchronized};
+use crate::autograd::{normalize, normalize_shared, Parts, Statistics, Synchronized};
 use crate::fusion::Fusion;
 use crate::geometry::{self, Channels, Geometry, Placed};
 use crate::request::Norm;
@@ -103,8 +103,8 @@ fn batch_norm_around(
         check_per_channel(op, input, channels)?;
     }
     let source = match (training, running) {
-        (true, running) => Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?),
-        (false, Some(running)) => Source::Running(running),
+        (true, running) => Statistics::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?),
+        (false, Some(running)) => Statistics::Running(running),
         (false, None) => bail!("{op}: expected running_mean and running_var when not training, got none"),
     };
     apply_channels(op, input, Channels::Batch, weight, bias, eps, source, around)
@@ -136,7 +136,7 @@ pub(crate) fn uncentered_batch_norm(
     let norm = |around: Around| {
         check_affine(op, input, weight, bias, eps)?;
         let running = apart(op, running, &[Some(input), weight, bias, around.skip])?;
-        apply(op, input, place, weight, bias, eps, Source::Input(running), around)
+        apply(op, input, place, weight, bias, eps, Statistics::Input(running), around)
     };
     Tail::after(tail, op, input, norm)
 }
@@ -250,13 +250,13 @@ fn instance_norm_around(
         let Some(running) = running else {
             bail!("{op}: expected running_mean and running_var when use_input_stats is false, got none")
         };
-        let given = Source::Running(running);
+        let given = Statistics::Running(running);
         return apply_channels(op, input, Channels::Batch, weight, bias, eps, given, around);
     }
     if input.dims()[2..].iter().product::<usize>() == 1 {
         bail!("{op}: expected more than 1 spatial element {OWN}, got input size {:?}", input.dims())
     }
-    let source = Source::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?);
+    let source = Statistics::Input(apart(op, running, &[Some(input), weight, bias, around.skip])?);
     apply_channels(op, input, Channels::Groups(channels), weight, bias, eps, source, around)
 }
 
@@ -330,7 +330,16 @@ fn group_norm_around(
     around: Around,
 ) -> Result<Tensor> {
     check_groups(op, num_groups, check_channels(op, input, 2)?)?;
-    apply_channels(op, input, Channels::Groups(num_groups), weight, bias, eps, Source::Input(None), around)
+    apply_channels(
+        op,
+        input,
+        Channels::Groups(num_groups),
+        weight,
+        bias,
+        eps,
+        Statistics::Input(None),
+        around,
+    )
 }
 
 /// Root-mean-square normalization over the last dimensions, which must equal `normalized_shape`.
@@ -433,7 +442,7 @@ fn over_channels(
         let own = order.iter().copied().eq(0..x.rank());
         Some(Placed { order: (!own).then_some(order), ..placed })
     };
-    apply(op, input, place, weight, bias, eps, Source::Input(None), Around::default())
+    apply(op, input, place, weight, bias, eps, Statistics::Input(None), Around::default())
 }
 
 pub(crate) fn apply_layer(
@@ -498,7 +507,7 @@ fn layer_around(
     check_param(op, "bias", input, bias, shape)?;
     check_param(op, "skip", input, around.skip, input.dims())?;
     let place = |x: &Tensor| place_rows(x, shape, center, around.contiguous);
-    apply(op, input, place, weight, bias, eps, Source::Input(None), around)
+    apply(op, input, place, weight, bias, eps, Statistics::Input(None), around)
 }
 
 /// Where an input of layer or RMS norm lies: in the memory order of a dense permutation, which the output has
@@ -529,7 +538,7 @@ fn apply_channels(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     eps: f64,
-    source: Source,
+    source: Statistics,
     around: Around,
 ) -> Result<Tensor> {
     check_affine(op, input, weight, bias, eps)?;
@@ -557,7 +566,7 @@ fn apply(
     weight: Option<&Tensor>,
     bias: Option<&Tensor>,
     eps: f64,
-    source: Source,
+    source: Statistics,
     around: Around,
 ) -> Result<Tensor> {
     let run = |norm: Norm, order: &Order, x: &Tensor| {

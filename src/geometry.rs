@@ -20,7 +20,7 @@
 
 /// How an element finds its weight and bias.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Affine {
+pub enum WeightBy {
     /// Element in column `w` uses parameter `w / span`.
     Column {
         /// Neighbouring columns that share a parameter.
@@ -42,7 +42,7 @@ pub struct Geometry {
     /// Neighbouring columns in one set; divides `width`.
     pub run: usize,
     /// Which parameter scales an element.
-    pub affine: Affine,
+    pub weight_by: WeightBy,
     /// Whether the mean is subtracted (false for RMS norm).
     pub center: bool,
 }
@@ -82,24 +82,24 @@ impl Geometry {
 
     /// Length of the weight and of the bias.
     pub fn params(&self) -> usize {
-        match self.affine {
-            Affine::Column { span } => self.width.checked_div(span).unwrap_or(0),
-            Affine::Row => self.rows,
+        match self.weight_by {
+            WeightBy::Column { span } => self.width.checked_div(span).unwrap_or(0),
+            WeightBy::Row => self.rows,
         }
     }
 
     #[cfg(test)]
     /// Parameter of the element in row `row` and column `column` of any block.
     pub fn param(&self, row: usize, column: usize) -> usize {
-        match self.affine {
-            Affine::Column { span } => column / span,
-            Affine::Row => row,
+        match self.weight_by {
+            WeightBy::Column { span } => column / span,
+            WeightBy::Row => row,
         }
     }
 
     /// Whether every element of a set has the same weight (batch and instance norm).
     pub fn one_param_per_set(&self) -> bool {
-        matches!(self.affine, Affine::Column { span } if span == self.run)
+        matches!(self.weight_by, WeightBy::Column { span } if span == self.run)
     }
 }
 
@@ -181,7 +181,7 @@ pub fn rows(dims: &[usize], stride: &[usize], normalized: usize, center: bool) -
 /// Sets of the dimensions from `lead` on, which lie one behind the other.
 fn over_last(dims: &[usize], lead: usize, center: bool) -> Geometry {
     let (outer, n) = (dims[..lead].iter().product(), dims[lead..].iter().product());
-    Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center }
+    Geometry { outer, rows: 1, width: n, run: n, weight_by: WeightBy::Column { span: 1 }, center }
 }
 
 /// Layer and RMS norm over the last `normalized` dimensions; `None` when the strides are not
@@ -203,9 +203,9 @@ pub fn layer(dims: &[usize], stride: &[usize], normalized: usize, center: bool) 
     let before: usize = order[..first].iter().map(|&d| dims[d]).product();
     let after: usize = order[last..].iter().map(|&d| dims[d]).product();
     let geometry = if after == 1 {
-        Geometry { outer: before, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center }
+        Geometry { outer: before, rows: 1, width: n, run: n, weight_by: WeightBy::Column { span: 1 }, center }
     } else {
-        Geometry { outer: before, rows: n, width: after, run: 1, affine: Affine::Row, center }
+        Geometry { outer: before, rows: n, width: after, run: 1, weight_by: WeightBy::Row, center }
     };
     Some(Placed { geometry, order: Some(order), blocks: None })
 }
@@ -239,7 +239,7 @@ pub fn channels(dims: &[usize], stride: &[usize], channels: Channels) -> Option<
         (Channels::Groups(g), false) => (n, 1, c * s, c.checked_div(g).unwrap_or(0) * s),
         (Channels::Groups(g), true) => (n, s, c, c.checked_div(g).unwrap_or(0)),
     };
-    let geometry = Geometry { outer, rows, width, run, affine: Affine::Column { span }, center: true };
+    let geometry = Geometry { outer, rows, width, run, weight_by: WeightBy::Column { span }, center: true };
     Some(Placed { geometry, order, blocks: None })
 }
 

@@ -4,7 +4,7 @@
 //! alone, which adds a zero-filled tensor and an addition for every gradient; how fast the op is can
 //! only be seen without them.
 
-use super::op::{NormOp, Source};
+use super::op::{NormOp, Statistics};
 use super::parts::Parts;
 use crate::geometry::{self, Channels};
 use crate::request::Norm;
@@ -62,9 +62,9 @@ impl RecordedOp {
         };
         let (norm, x) = (Norm::new("bench", geometry, eps), &ordered(x, &order)?);
         let parts = || Parts::affine(weight.cloned(), bias.cloned());
-        let (op, inputs) = NormOp::new(norm, x, parts(), Source::Input(None))?;
+        let (op, inputs) = NormOp::new(norm, x, parts(), Statistics::Input(None))?;
         // The op that goes into the graph fills the cells that both share.
-        let (mut graph, _) = NormOp::new(norm, x, parts(), Source::Input(None))?;
+        let (mut graph, _) = NormOp::new(norm, x, parts(), Statistics::Input(None))?;
         graph.saved = op.saved.clone();
         graph.apply(x, &inputs)?;
         Ok(Self { op, x: x.clone(), inputs, order })

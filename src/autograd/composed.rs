@@ -6,7 +6,7 @@
 
 use super::parts::Parts;
 use crate::fusion::{Fusion, Gate};
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use crate::request::{accumulation_dtype, Gradients, Norm};
 use candle_core::{Result, Tensor};
 
@@ -22,22 +22,22 @@ fn per_set(t: &Tensor, g: &Geometry) -> Result<Tensor> {
 
 fn per_param(t: &Tensor, g: &Geometry, like: &Tensor) -> Result<Tensor> {
     let t = t.to_dtype(like.dtype())?;
-    match g.affine {
-        Affine::Column { span } => t.reshape((g.params(), 1))?.broadcast_as((g.params(), span))?.reshape((
+    match g.weight_by {
+        WeightBy::Column { span } => t.reshape((g.params(), 1))?.broadcast_as((g.params(), span))?.reshape((
             1,
             1,
             g.sets_per_outer(),
             g.run,
         )),
-        Affine::Row => t.reshape((1, g.rows, 1, 1)),
+        WeightBy::Row => t.reshape((1, g.rows, 1, 1)),
     }
 }
 
 /// Sums a block over everything but its parameter.
 fn sum_to_params(block: &Tensor, g: &Geometry) -> Result<Tensor> {
-    match g.affine {
-        Affine::Column { span } => block.sum((0, 1))?.reshape((g.params(), span))?.sum(1),
-        Affine::Row => block.sum((0, 2, 3)),
+    match g.weight_by {
+        WeightBy::Column { span } => block.sum((0, 1))?.reshape((g.params(), span))?.sum(1),
+        WeightBy::Row => block.sum((0, 2, 3)),
     }
 }
 

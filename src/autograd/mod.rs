@@ -13,7 +13,7 @@ mod residual;
 mod sync;
 
 pub(crate) use device::DTYPES;
-pub(crate) use op::{normalize, Source};
+pub(crate) use op::{normalize, Statistics};
 pub(crate) use parts::Parts;
 pub(crate) use residual::{add_normalize, sum, widened};
 pub(crate) use sync::{normalize_shared, Synchronized};

@@ -13,7 +13,7 @@ use candle_core::{bail, DType, Layout, Result, Shape, Storage, Tensor};
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// Where the statistics come from.
-pub(crate) enum Source {
+pub(crate) enum Statistics {
     /// From the input, whose statistics may also move running ones.
     Input(Option<Running>),
     /// From running statistics, as they are at the time of the forward (evaluation).
@@ -25,7 +25,7 @@ pub(crate) enum Source {
 /// Normalizes `x`, contiguous in the geometry's order, and attaches the gradients.
 ///
 /// Weight and bias are contiguous with `params()` elements in any shape. All checks are done.
-pub(crate) fn normalize(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<Tensor> {
+pub(crate) fn normalize(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Statistics) -> Result<Tensor> {
     if !device::has_kernels(x.device()) {
         return composed::unfused(norm, x, parts, |plain, x, parts| {
             composed_forward(plain, x, parts, source)
@@ -38,26 +38,26 @@ pub(crate) fn normalize(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: So
 }
 
 /// Runs the op's forward and makes the op a node of candle's graph.
-fn attach(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<Tensor> {
+fn attach(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Statistics) -> Result<Tensor> {
     let (op, inputs) = NormOp::new(norm, x, parts, source)?;
     op.apply(x, &inputs)
 }
 
-fn composed_forward(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<Tensor> {
+fn composed_forward(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Statistics) -> Result<Tensor> {
     let (weight, bias) = (parts.weight.as_ref(), parts.bias.as_ref());
     match source {
-        Source::Running(running) => {
+        Statistics::Running(running) => {
             let stats = running_statistics(x, &running)?;
             composed::forward(x, &norm, weight, bias, Some(&stats))
         }
-        Source::Input(running) => {
+        Statistics::Input(running) => {
             let y = composed::forward(x, &norm, weight, bias, None)?;
             if let Some(running) = running {
                 move_running(&norm, &composed::statistics(&x.detach(), &norm)?, &running)?;
             }
             Ok(y)
         }
-        Source::Merged(_) => bail!("{}: no kernels for device {:?}", norm.name, x.device().location()),
+        Statistics::Merged(_) => bail!("{}: no kernels for device {:?}", norm.name, x.device().location()),
     }
 }
 
@@ -105,7 +105,7 @@ pub(super) struct NormOp {
     /// What candle passes behind x.
     inputs: Vec<Input>,
     held: Parts<Tensor>,
-    source: Source,
+    source: Statistics,
     /// Somebody tracks an argument: the backward will want the statistics.
     pub keep: bool,
     pub saved: Arc<Saved>,
@@ -116,7 +116,12 @@ pub(super) type Laid<'a, S> = (&'a S, &'a Layout);
 
 impl NormOp {
     /// The op, and its inputs behind x.
-    pub fn new(norm: Norm, x: &Tensor, parts: Parts<Tensor>, source: Source) -> Result<(Self, Vec<Tensor>)> {
+    pub fn new(
+        norm: Norm,
+        x: &Tensor,
+        parts: Parts<Tensor>,
+        source: Statistics,
+    ) -> Result<(Self, Vec<Tensor>)> {
         let (inputs, held) = parts.split()?;
         let keep = x.track_op() || !inputs.is_empty();
         let (inputs, tensors) = inputs.into_iter().unzip();
@@ -137,7 +142,7 @@ impl NormOp {
     /// Running statistics that this forward moves.
     fn moves(&self) -> Option<&Running> {
         match &self.source {
-            Source::Input(running) => running.as_ref(),
+            Statistics::Input(running) => running.as_ref(),
             _ => None,
         }
     }
@@ -145,7 +150,7 @@ impl NormOp {
     /// Running statistics that this forward normalizes with.
     fn reads(&self) -> Option<&Running> {
         match &self.source {
-            Source::Running(running) => Some(running),
+            Statistics::Running(running) => Some(running),
             _ => None,
         }
     }
@@ -153,7 +158,7 @@ impl NormOp {
     /// Statistics of all ranks that this forward normalizes with.
     fn merged(&self) -> Option<&Merged> {
         match &self.source {
-            Source::Merged(merged) => Some(merged),
+            Statistics::Merged(merged) => Some(merged),
             _ => None,
         }
     }
@@ -303,7 +308,7 @@ impl NormOp {
     /// Whether y does not depend on x: the mean of a set of one element is that element.
     fn is_constant(&self) -> bool {
         let g = &self.norm.geometry;
-        g.center && g.set_len() == 1 && matches!(self.source, Source::Input(_))
+        g.center && g.set_len() == 1 && matches!(self.source, Statistics::Input(_))
     }
 }
 

@@ -9,7 +9,7 @@
 //! does it all.
 
 use super::device;
-use super::op::{normalize, second_order, wider, Laid, NormOp, Source};
+use super::op::{normalize, second_order, wider, Laid, NormOp, Statistics};
 use super::parts::Parts;
 use crate::kernels::Kernels;
 use crate::request::{Norm, Normed};
@@ -29,11 +29,11 @@ pub(crate) fn add_normalize(
     let kernels = device::has_kernels(x.device()) && !second_order();
     if !kernels || !device::fuses(x.device(), &fused, x.dtype())? {
         let sum = sum(x, residual)?;
-        let normed = normalize(norm, &widened(&sum, x)?, parts, Source::Input(None))?;
+        let normed = normalize(norm, &widened(&sum, x)?, parts, Statistics::Input(None))?;
         return Ok((normed.to_dtype(x.dtype())?, sum));
     }
     let held = Parts { residual: Some(residual.detach()), ..parts.map(|t| Ok(t.detach()))? };
-    let (mut both, _) = NormOp::new(fused, &x.detach(), held, Source::Input(None))?;
+    let (mut both, _) = NormOp::new(fused, &x.detach(), held, Statistics::Input(None))?;
     let saved = both.saved.clone();
     let tracked = |t: &Tensor| t.track_op();
     if ![x, residual].into_iter().chain(&parts.weight).chain(&parts.bias).any(tracked) {
@@ -45,7 +45,7 @@ pub(crate) fn add_normalize(
     }
     both.keep = true;
     let sum = x.apply_op2(residual, AddOp { both })?;
-    let (mut op, inputs) = NormOp::new(norm, &sum, parts, Source::Input(None))?;
+    let (mut op, inputs) = NormOp::new(norm, &sum, parts, Statistics::Input(None))?;
     op.saved = saved;
     Ok((op.apply(&sum, &inputs)?, sum))
 }

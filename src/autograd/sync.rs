@@ -12,7 +12,7 @@
 //! value per channel must look at the global count.
 
 use super::device::{self, BackwardTensors};
-use super::op::{normalize, Source};
+use super::op::{normalize, Statistics};
 use super::parts::Parts;
 use crate::distributed::ProcessGroup;
 use crate::request::{accumulation_dtype, Gradients, Norm, Running, Want};
@@ -81,7 +81,7 @@ pub(crate) fn normalize_shared(
         empty = total == 0.0;
     }
     let moved = running.filter(|_| !empty).map(|running| (stats.clone(), count.clone(), running));
-    let y = normalize(norm, x, parts, Source::Merged(Merged { sync, stats, count }))?;
+    let y = normalize(norm, x, parts, Statistics::Merged(Merged { sync, stats, count }))?;
     if let Some((stats, count, running)) = moved {
         move_running(&stats, &count, &running)?;
     }

@@ -21,14 +21,14 @@ pub(super) enum Form {
 impl Form {
     /// `any`: the op has a weight, a bias, or somebody wants the gradient of one.
     pub fn of(g: &Geometry, any: bool) -> Form {
-        match g.affine {
-            geometry::Affine::Row => Form::Rows,
-            geometry::Affine::Column { span: 1 } if !by_columns(g) && g.run > 1 => match any {
+        match g.weight_by {
+            geometry::WeightBy::Row => Form::Rows,
+            geometry::WeightBy::Column { span: 1 } if !by_columns(g) && g.run > 1 => match any {
                 true => Form::Columns,
                 // Nothing to stream: a constant over the whole run.
                 false => Form::Spans(g.run),
             },
-            geometry::Affine::Column { span } => Form::Spans(span),
+            geometry::WeightBy::Column { span } => Form::Spans(span),
         }
     }
 }

@@ -5,16 +5,16 @@ use super::affine::{Affine, Form};
 use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
 use super::element::{converted, Element, Float};
 use super::forward::{after, elements, source, written};
-use super::kernel::{self, Input, PartialSums};
 use super::loops::{Stored, Walked};
-use super::moments::{Source as StatsFrom, Stats};
+use super::moments::{Stats, StatsFrom};
 use super::output::{Output, Tiles};
 use super::parallel::{for_each, split};
-use super::plan::{self, Asked, From, Visit, Walk};
+use super::plan::{self, Asked, Origin, Visit, Walk};
 use super::simd_level::Level;
 use super::staging::{gated_gradient, pieces, write, After, Room, Scratch, Source, Tensor};
 use super::tile::{Cut, Tile};
 use super::view::OutTile;
+use super::walk_args::{BackwardArgs, ForwardArgs, Input, Out, SumsArgs};
 use super::walks;
 use crate::geometry::Geometry;
 use crate::request::{Arg, Backward, Gradients, Norm};
@@ -62,7 +62,7 @@ fn run<T: Stored, W: Walked<Acc = T::Acc>>(
     let params = want.dweight.is_some() || want.dbias.is_some();
     // Gradients of skip and gate are made along with dx.
     let asked = Asked { dx: tensors, params, fixed: call.fixed };
-    let plan = plan::Backward::new(g, read.affine.form, bytes::<W>(), asked);
+    let plan = plan::BackwardPlan::new(g, read.affine.form, bytes::<W>(), asked);
     let new = |wanted: bool| wanted.then(|| Output::new(g, false));
     let mut out = Outputs {
         dx: tensors.then(|| Output::new(g, plan::past_caches(g, size_of::<T>(), size_of::<T>()))),
@@ -95,7 +95,7 @@ pub(super) fn gradient_sums<T: Stored>(level: Level, call: &Backward<CpuStorage>
     if !read.g.one_param_per_set() || read.g.outer > 1 {
         bail!("{}: gradient sums are for norms with a parameter per set", call.norm.name)
     }
-    let visit = plan::Backward::param_sums(read.g, bytes::<T::Walk>());
+    let visit = plan::BackwardPlan::param_sums(read.g, bytes::<T::Walk>());
     let [weight, bias] = read.sums::<T::Walk>(&visit, true).1;
     let both = [bias, weight].concat();
     // Without elements there are no parameters to be seen, but there may be sets.
@@ -119,7 +119,7 @@ pub(super) fn input_gradient<T: Stored>(
             Means { g: mean(sums[s]), dot: mean(sums[sets + s]) }
         })
         .collect();
-    let plan = plan::Backward::from_means(read.g, read.affine.form, bytes::<T::Walk>());
+    let plan = plan::BackwardPlan::from_means(read.g, read.affine.form, bytes::<T::Walk>());
     let mut dx = Some(Output::new(read.g, plan::past_caches(read.g, size_of::<T>(), size_of::<T>())));
     if let Some(visit) = &plan.dx {
         let out = [dx.as_mut(), None, None];
@@ -165,10 +165,7 @@ impl<'a, T: Stored> Call<'a, T> {
             false => self.dy.read::<W>(tile, scratch_dy),
             true => self.after.upstream(self.dy, tile, [scratch_dy, scratch_z], out, |y| {
                 let stats = StatsFrom::Given(stats);
-                walks::forward(
-                    z,
-                    kernel::Forward { loops, g, eps, affine, x, tile, stats, y: kernel::Out::Tile(y) },
-                )
+                walks::forward(z, ForwardArgs { loops, g, eps, affine, x, tile, stats, y: Out::Tile(y) })
             }),
         };
         Input { loops, g, eps, x, dy, affine, stats, tile }
@@ -177,7 +174,7 @@ impl<'a, T: Stored> Call<'a, T> {
     /// The tensors' gradients into `out`, and the parameters', each as far as asked for.
     fn run<W: Walked<Acc = T::Acc>>(
         &self,
-        plan: &plan::Backward,
+        plan: &plan::BackwardPlan,
         asked: Asked,
         out: &mut Outputs<T>,
     ) -> Params<T::Acc> {
@@ -190,8 +187,8 @@ impl<'a, T: Stored> Call<'a, T> {
         }
         let from = match plan.means {
             None => MeansFrom::Fixed,
-            Some(From::Tile) => MeansFrom::Tile,
-            Some(From::Given) => MeansFrom::Given(&means),
+            Some(Origin::Tile) => MeansFrom::Tile,
+            Some(Origin::Given) => MeansFrom::Given(&means),
         };
         if let Some(visit) = &plan.dx {
             let out = [out.dx.as_mut(), out.dskip.as_mut(), out.dgate.as_mut()];
@@ -218,7 +215,7 @@ impl<'a, T: Stored> Call<'a, T> {
             // Parameters of samples: no set of theirs that is cut shares a tile with another's.
             let affine = &self.affine.of_row(tile.rows.start, g);
             let input = self.input::<W>(tile, affine, back_to_z, [x, dy, z], [None, None]);
-            walks::sums(visit.walk, PartialSums { input, params, sums });
+            walks::sums(visit.walk, SumsArgs { input, params, sums });
         });
         let mut sums = vec![Sums::default(); g.sets()];
         for (set, part) in tiles.iter().flat_map(|t| t.sets(g)).zip(&partial) {
@@ -265,15 +262,15 @@ impl<'a, T: Stored> Call<'a, T> {
                     None => (None, [dskip, dgate]),
                 };
                 let input = self.input::<W>(piece, affine, back_to_z, [x, dy, z], behind);
-                let kernel = kernel::Backward { input, means, params: own, dx: None };
+                let args = BackwardArgs { input, means, params: own, dx: None };
                 match (dx, before) {
-                    (None, _) => walks::backward(visit.walk, kernel),
-                    (Some(dx), None) => write::<T, W>(self.level, dx, out, |dx| {
-                        walks::backward(visit.walk, kernel.with_dx(dx))
-                    }),
+                    (None, _) => walks::backward(visit.walk, args),
+                    (Some(dx), None) => {
+                        write::<T, W>(self.level, dx, out, |dx| walks::backward(visit.walk, args.with_dx(dx)))
+                    }
                     (Some(dx), Some((gate, dgate))) => {
                         gated_gradient::<T, W>(&self.x, gate, [dx, dgate], out, |dx| {
-                            walks::backward(visit.walk, kernel.with_dx(dx))
+                            walks::backward(visit.walk, args.with_dx(dx))
                         })
                     }
                 }

@@ -3,15 +3,15 @@
 
 use super::affine::{Affine, Form};
 use super::element::{converted, Element, Float};
-use super::kernel::{self, Partial};
 use super::loops::{Stored, Walked};
-use super::moments::{Moments, Source as StatsFrom, Stat, Stats};
+use super::moments::{Moments, Stat, Stats, StatsFrom};
 use super::output::Output;
 use super::parallel::{for_each, split};
-use super::plan::{self, From, Visit};
+use super::plan::{self, Origin, Visit};
 use super::simd_level::Level;
 use super::staging::{pieces, After, Scratch, Source, Tensor};
 use super::view::same;
+use super::walk_args::{ForwardArgs, MomentsArgs};
 use super::walks;
 use crate::fusion::Gate;
 use crate::geometry::Geometry;
@@ -49,9 +49,9 @@ fn with_residual<T: Stored, R: Element<Acc = T::Acc>>(
     let wide = !after.in_registers::<T::Walk>() || x.gate.is_some() || same::<T, R>(&[]).is_none();
     let form = Form::of(g, call.weight.is_some() || call.bias.is_some());
     let bytes = if wide { size_of::<T::Acc>() } else { size_of::<T::Walk>() };
-    let plan = plan::Forward::new(g, form, bytes, call.given.is_some());
+    let plan = plan::ForwardPlan::new(g, form, bytes, call.given.is_some());
     // Where tiles do not hold whole sets, x would be read before it is summed; tiles of several rows have gaps.
-    let early = residual.filter(|_| plan.from == From::Given || g.rows > 1);
+    let early = residual.filter(|_| plan.from == Origin::Given || g.rows > 1);
     let sum = early.map(|residual| add(level, g, &x, residual.x));
     if let Some(sum) = &sum {
         let Some(sum) = same(sum) else {
@@ -78,7 +78,7 @@ fn add<T: Stored, R: Element<Acc = T::Acc>>(
     x: &Source<T>,
     residual: &[R],
 ) -> Vec<R> {
-    let visit = plan::Forward::new(g, Form::Spans(g.run), size_of::<R>(), true).y;
+    let visit = plan::ForwardPlan::new(g, Form::Spans(g.run), size_of::<R>(), true).y;
     let mut output = Output::new(g, false);
     let residual = Tensor { level, x: residual, width: g.width };
     let scratch = || (Scratch::new(), vec![]);
@@ -121,7 +121,7 @@ pub(super) fn source<'a, T: Stored>(
 fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
     level: Level,
     call: &Forward<CpuStorage>,
-    plan: &plan::Forward,
+    plan: &plan::ForwardPlan,
     x: Source<T>,
     residual: Option<Tensor<R>>,
     after: After<T>,
@@ -134,7 +134,7 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         (None, None) => (call.keep || call.running.is_some()).then(|| vec![T::Acc::ZERO; 3 * g.sets()]),
     };
     let mut from = match (plan.from, &mut stats) {
-        (From::Given, Some(stats)) => StatsFrom::Given(Stats(stats)),
+        (Origin::Given, Some(stats)) => StatsFrom::Given(Stats(stats)),
         (_, Some(stats)) => StatsFrom::to_keep(stats),
         (_, None) => StatsFrom::Tile(None),
     };
@@ -166,7 +166,7 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
                 after.write(y.part(&piece), &mut scratch.out, |y| {
                     walks::forward(
                         plan.y.walk,
-                        kernel::Forward { loops, g, eps, affine, x, tile: &piece, stats, y },
+                        ForwardArgs { loops, g, eps, affine, x, tile: &piece, stats, y },
                     );
                 });
             }
@@ -201,7 +201,7 @@ fn snapshot<A: Float>(given: &Given<CpuStorage>, sets: usize) -> Result<Vec<A>> 
 
 /// The input's statistics, `[3, sets]`.
 pub(super) fn statistics<T: Stored>(level: Level, norm: &Norm, x: &Arg<CpuStorage>) -> Result<Vec<T::Acc>> {
-    let visit = plan::Forward::statistics(&norm.geometry, size_of::<T::Walk>());
+    let visit = plan::ForwardPlan::statistics(&norm.geometry, size_of::<T::Walk>());
     let x = source::<T>(level, norm, x, &None)?;
     Ok(cut_sets::<T, T::Walk>(level, &norm.geometry, x, &visit))
 }
@@ -237,7 +237,7 @@ fn cut_sets<T: Stored, W: Walked<Acc = T::Acc>>(
     let loops = W::loops(level);
     for_each(work, x.bytes(), Scratch::new, |scratch: &mut Scratch<T>, (tile, out)| {
         let x = x.read::<W>(tile, &mut scratch.x);
-        walks::moments(visit.walk, Partial { loops, g, x, tile, pivots: &pivots, out });
+        walks::moments(visit.walk, MomentsArgs { loops, g, x, tile, pivots: &pivots, out });
     });
     let mut merged = vec![Moments::default(); g.sets()];
     let sets = tiles.iter().flat_map(|t| t.sets(g));

@@ -32,7 +32,6 @@ mod backward;
 mod backward_formula;
 mod element;
 mod forward;
-mod kernel;
 mod loops;
 mod moments;
 mod output;
@@ -47,6 +46,7 @@ mod tests;
 mod tile;
 mod vector;
 mod view;
+mod walk_args;
 mod walks;
 
 #[cfg(not(feature = "cuda-emulation"))]

@@ -95,27 +95,27 @@ impl<A: Float> Stats<'_, A> {
 pub(super) type StatsOut<'a, A> = [&'a mut [A]; 3];
 
 /// Where a kernel takes the statistics from.
-pub(super) enum Source<'a, A> {
+pub(super) enum StatsFrom<'a, A> {
     Given(Stats<'a, A>),
     /// From the tile, which holds whole sets; kept for the backward if somebody asks.
     Tile(Option<StatsOut<'a, A>>),
 }
 
-impl<'a, A: Float> Source<'a, A> {
+impl<'a, A: Float> StatsFrom<'a, A> {
     /// From tiles that hold whole sets, in their order; kept in `[3, sets]`.
     pub fn to_keep(stats: &'a mut [A]) -> Self {
         let (high, rest) = stats.split_at_mut(stats.len() / 3);
         let (low, var) = rest.split_at_mut(rest.len() / 2);
-        Source::Tile(Some([high, low, var]))
+        StatsFrom::Tile(Some([high, low, var]))
     }
 
     /// That of the next `n` sets of the tile, which are walked on their own.
-    pub fn next(&mut self, n: usize) -> Source<'a, A> {
+    pub fn next(&mut self, n: usize) -> StatsFrom<'a, A> {
         match self {
-            Source::Given(stats) => Source::Given(*stats),
-            Source::Tile(None) => Source::Tile(None),
-            Source::Tile(Some(out)) => {
-                Source::Tile(Some(out.each_mut().map(|out| out.split_off_mut(..n).unwrap_or_default())))
+            StatsFrom::Given(stats) => StatsFrom::Given(*stats),
+            StatsFrom::Tile(None) => StatsFrom::Tile(None),
+            StatsFrom::Tile(Some(out)) => {
+                StatsFrom::Tile(Some(out.each_mut().map(|out| out.split_off_mut(..n).unwrap_or_default())))
             }
         }
     }
@@ -123,7 +123,7 @@ impl<'a, A: Float> Source<'a, A> {
     /// Keeps the statistics of the tile's set number `i`.
     #[inline(always)]
     pub fn keep(&mut self, i: usize, stat: Stat<A>) {
-        if let Source::Tile(Some([high, low, var])) = self {
+        if let StatsFrom::Tile(Some([high, low, var])) = self {
             (high[i], low[i], var[i]) = (stat.high, stat.low, stat.var);
         }
     }

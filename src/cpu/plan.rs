@@ -30,7 +30,7 @@ pub(super) struct Visit {
 
 /// Where a pass takes the statistics from, or the backward's means.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum From {
+pub(super) enum Origin {
     /// The tile, which holds whole sets.
     Tile,
     /// The caller, or the pass before.
@@ -38,19 +38,19 @@ pub(super) enum From {
 }
 
 /// Elements of a run up to which sets are walked side by side: less than a page.
-const SHORT: usize = 512;
+const SIDE_BY_SIDE: usize = 512;
 
 impl Visit {
-    fn new(g: &Geometry, form: Form, cut: Cut, from: From, backward: bool) -> Visit {
+    fn new(g: &Geometry, form: Form, cut: Cut, from: Origin, backward: bool) -> Visit {
         // Sets one behind the other, without gaps.
         let single = g.rows == 1 && cut.whole_runs() && (form != Form::Columns || g.run == g.width);
         // Several sets to a tile, of several rows, and one parameter each.
-        let side_by_side = g.outer == 1 && g.rows > 1 && g.run <= SHORT && g.one_param_per_set();
+        let side_by_side = g.outer == 1 && g.rows > 1 && g.run <= SIDE_BY_SIDE && g.one_param_per_set();
         let spans = matches!(form, Form::Spans(_));
         let walk = match from {
             _ if by_columns(g) => Walk::Columns,
-            From::Tile if side_by_side => Walk::Rows,
-            From::Given if spans => Walk::Rows,
+            Origin::Tile if side_by_side => Walk::Rows,
+            Origin::Given if spans => Walk::Rows,
             // A set's sums are by span in the backward.
             _ if single && !(backward && spans) => Walk::Runs,
             _ => Walk::Sets,
@@ -60,7 +60,7 @@ impl Visit {
 
     /// The walk over the same tiles that makes z of known statistics.
     pub fn back_to_z(&self, g: &Geometry, form: Form) -> Walk {
-        Visit::new(g, form, self.cut.clone(), From::Given, false).walk
+        Visit::new(g, form, self.cut.clone(), Origin::Given, false).walk
     }
 
     /// Sums of sets that are cut.
@@ -71,22 +71,26 @@ impl Visit {
 
 /// A forward: the statistics first, where sets are cut; then y.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Forward {
+pub(super) struct ForwardPlan {
     pub sums: Option<Visit>,
     pub y: Visit,
-    pub from: From,
+    pub from: Origin,
 }
 
-impl Forward {
+impl ForwardPlan {
     /// `bytes` of an element of x; `given`: the statistics are known.
-    pub fn new(g: &Geometry, form: Form, bytes: usize, given: bool) -> Forward {
+    pub fn new(g: &Geometry, form: Form, bytes: usize, given: bool) -> ForwardPlan {
         let cut = Cut::new(g, bytes);
         if !given && cut.whole_sets() {
-            return Forward { sums: None, y: Visit::new(g, form, cut, From::Tile, false), from: From::Tile };
+            return ForwardPlan {
+                sums: None,
+                y: Visit::new(g, form, cut, Origin::Tile, false),
+                from: Origin::Tile,
+            };
         }
         let sums = (!given).then(|| Visit::sums(g, cut));
-        let y = Visit::new(g, form, Cut::sweep(g, bytes), From::Given, false);
-        Forward { sums, y, from: From::Given }
+        let y = Visit::new(g, form, Cut::sweep(g, bytes), Origin::Given, false);
+        ForwardPlan { sums, y, from: Origin::Given }
     }
 
     /// The statistics alone.
@@ -97,11 +101,11 @@ impl Forward {
 
 /// A backward: the sums of sets that are cut; then dx. One of the two makes the parameters' gradients.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) struct Backward {
+pub(super) struct BackwardPlan {
     pub sums: Option<Visit>,
     pub dx: Option<Visit>,
     /// Where dx takes its means from; `None`: the statistics did not depend on x, there are none.
-    pub means: Option<From>,
+    pub means: Option<Origin>,
 }
 
 /// What a backward is asked for.
@@ -113,34 +117,34 @@ pub(super) struct Asked {
     pub fixed: bool,
 }
 
-impl Backward {
+impl BackwardPlan {
     /// `bytes` of an element of x and of dy.
-    pub fn new(g: &Geometry, form: Form, bytes: usize, asked: Asked) -> Backward {
+    pub fn new(g: &Geometry, form: Form, bytes: usize, asked: Asked) -> BackwardPlan {
         let spans = matches!(form, Form::Spans(_));
         let visit = |cut, from| Some(Visit::new(g, form, cut, from, true));
         let sweep = || Cut::sweep(g, bytes);
         if !asked.dx && !asked.params {
-            return Backward { sums: None, dx: None, means: None };
+            return BackwardPlan { sums: None, dx: None, means: None };
         }
         if !asked.dx && spans {
-            return Backward { sums: Some(Backward::param_sums(g, bytes)), dx: None, means: None };
+            return BackwardPlan { sums: Some(BackwardPlan::param_sums(g, bytes)), dx: None, means: None };
         }
         if !asked.dx || asked.fixed {
-            return Backward { sums: None, dx: visit(sweep(), From::Given), means: None };
+            return BackwardPlan { sums: None, dx: visit(sweep(), Origin::Given), means: None };
         }
         let cut = Cut::new(g, bytes).with_tall_tiles(asked.params && form == Form::Columns);
         if cut.whole_sets() {
-            return Backward { sums: None, dx: visit(cut, From::Tile), means: Some(From::Tile) };
+            return BackwardPlan { sums: None, dx: visit(cut, Origin::Tile), means: Some(Origin::Tile) };
         }
         let dx = if form == Form::Columns { cut.columns_first() } else { sweep() };
         let sums = Some(Visit::sums(g, cut));
-        Backward { sums, dx: visit(dx, From::Given), means: Some(From::Given) }
+        BackwardPlan { sums, dx: visit(dx, Origin::Given), means: Some(Origin::Given) }
     }
 
     /// dx alone, from known means.
-    pub fn from_means(g: &Geometry, form: Form, bytes: usize) -> Backward {
-        let dx = Some(Visit::new(g, form, Cut::sweep(g, bytes), From::Given, true));
-        Backward { sums: None, dx, means: Some(From::Given) }
+    pub fn from_means(g: &Geometry, form: Form, bytes: usize) -> BackwardPlan {
+        let dx = Some(Visit::new(g, form, Cut::sweep(g, bytes), Origin::Given, true));
+        BackwardPlan { sums: None, dx, means: Some(Origin::Given) }
     }
 
     /// Gradients of the parameters alone.

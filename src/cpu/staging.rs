@@ -6,11 +6,11 @@
 #![allow(unsafe_code)]
 
 use super::element::{Element, Float};
-use super::kernel::{Finish, Out, Place};
 use super::loops::{Behind, Conversions, Finishes, Line, Stored, Walked, Wide};
 use super::simd_level::Level;
 use super::tile::Tile;
 use super::view::{same, same_mut, Block, InTile, OutTile};
+use super::walk_args::{Finish, Out, Place};
 use crate::fusion::Activation;
 use crate::geometry::Geometry;
 use crate::request::Blocks;

@@ -5,7 +5,7 @@
 //! not change with the rows beside it.
 //! A tile is a rectangle of the tensor seen as a matrix of `outer * rows` rows and `width` columns.
 
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use std::ops::Range;
 
 /// Miri is thousands of times slower: under it, tensors of a few KiB are cut as megabytes are elsewhere.
@@ -31,7 +31,7 @@ const SHORT_RUN: usize = 16;
 
 /// Whether each column is summed for itself, along the rows; else elements are summed along the runs.
 pub(super) fn by_columns(g: &Geometry) -> bool {
-    g.rows > 1 && g.run < SHORT_RUN || g.affine == Affine::Row
+    g.rows > 1 && g.run < SHORT_RUN || g.weight_by == WeightBy::Row
 }
 
 /// A rectangle of the matrix `[outer * rows, width]`.
@@ -54,12 +54,12 @@ impl Tile {
 
     /// The parameters it touches.
     pub fn params(&self, g: &Geometry) -> Range<usize> {
-        match g.affine {
+        match g.weight_by {
             _ if self.rows.is_empty() || self.columns.is_empty() => 0..0,
-            Affine::Column { span } => self.columns.start / span..(self.columns.end - 1) / span + 1,
+            WeightBy::Column { span } => self.columns.start / span..(self.columns.end - 1) / span + 1,
             // Rows of several blocks: all of a block's.
-            Affine::Row if self.rows.len() >= g.rows => 0..g.rows,
-            Affine::Row => self.rows.start % g.rows..(self.rows.end - 1) % g.rows + 1,
+            WeightBy::Row if self.rows.len() >= g.rows => 0..g.rows,
+            WeightBy::Row => self.rows.start % g.rows..(self.rows.end - 1) % g.rows + 1,
         }
     }
 }
@@ -77,7 +77,7 @@ impl MinTile {
         if !by_columns(g) {
             return MinTile { columns: g.run, across: g.sets_per_outer() };
         }
-        if g.affine == Affine::Row {
+        if g.weight_by == WeightBy::Row {
             // The width is other dimensions' (perhaps the batch), so it decides nothing.
             return MinTile { columns: side_by_side, across: 1 };
         }
@@ -88,7 +88,7 @@ impl MinTile {
     /// Whether sets stay whole: small ones, and larger ones where a block has enough to share out.
     fn whole(&self, g: &Geometry, bytes: usize) -> bool {
         let size = g.rows * self.columns * bytes;
-        let many = self.across >= MIN_TILES / 2 || g.affine == Affine::Row;
+        let many = self.across >= MIN_TILES / 2 || g.weight_by == WeightBy::Row;
         size < TILE_BYTES || size <= WHOLE_SET_BYTES && many
     }
 }
@@ -164,7 +164,7 @@ impl Cut {
             let columns = (target / MERGED_ROWS).max(SIDE_BY_SIDE) / g.run * g.run;
             self.sets = even(self.sets, columns / g.run);
             // Columns that are sets of their own may be few or many: the rows do not follow them.
-            let columns = if g.affine == Affine::Row { columns } else { self.sets * g.run };
+            let columns = if g.weight_by == WeightBy::Row { columns } else { self.sets * g.run };
             self.rows = even(g.rows, (target / columns).max(1));
             return;
         }
@@ -179,9 +179,9 @@ impl Cut {
 
     /// Near `target`, and whole spans or a part of one.
     fn even_run(&self, target: usize) -> usize {
-        let span = match self.g.affine {
-            Affine::Column { span } => span,
-            Affine::Row => 1,
+        let span = match self.g.weight_by {
+            WeightBy::Column { span } => span,
+            WeightBy::Row => 1,
         };
         if span == self.g.run {
             // Whole cache lines of any dtype, whole vectors of any level.

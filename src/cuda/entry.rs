@@ -106,7 +106,7 @@ pub(crate) enum Access {
     /// 16 bytes.
     Vector,
     /// 8 bytes, of 16-bit elements.
-    Half,
+    HalfVector,
     /// One element.
     Scalar,
 }
@@ -172,7 +172,7 @@ macro_rules! table {
         table!(row $file $suffix $element $kernel $name "" Vector)
     };
     (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal half) => {
-        table!(row $file $suffix $element $kernel $name "_half" Half)
+        table!(row $file $suffix $element $kernel $name "_half" HalfVector)
     };
     (row $file:literal $suffix:literal $element:ident $kernel:ident $name:literal scalar) => {
         table!(row $file $suffix $element $kernel $name "_scalar" Scalar)

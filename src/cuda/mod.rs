@@ -12,7 +12,7 @@ mod params;
 mod plan;
 
 use crate::fusion::Gate;
-use crate::geometry::Affine;
+use crate::geometry::WeightBy;
 use crate::request::{accumulation_dtype, Arg, Backward, Forward, Gradients, Norm, Normed};
 use candle_core::{bail, DType, Result, Storage};
 use entry::Element;
@@ -140,9 +140,9 @@ fn code(op: &str, dtype: DType) -> Result<u32> {
 fn fuses(norm: &Norm, x: DType) -> bool {
     let g = &norm.geometry;
     let residual = norm.fusion.residual.is_none_or(|residual| residual == x);
-    let rows = g.rows == 1 && g.affine == Affine::Column { span: 1 } && g.run > 1 && g.run == g.width;
+    let rows = g.rows == 1 && g.weight_by == WeightBy::Column { span: 1 } && g.run > 1 && g.run == g.width;
     let tokens = norm.fusion.tokens.is_none_or(|tokens| rows && tokens > 0 && g.outer.is_multiple_of(tokens));
-    let blocks = norm.x_blocks.is_none() || g.rows == 1 && g.affine != Affine::Row;
+    let blocks = norm.x_blocks.is_none() || g.rows == 1 && g.weight_by != WeightBy::Row;
     let gate = norm.fusion.gate != Some(Gate::Before)
         || Element::new(norm.name, x).is_ok_and(|element| plan::takes_gate_before(norm, element));
     residual && tokens && blocks && gate

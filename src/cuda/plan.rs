@@ -15,7 +15,7 @@ mod tests;
 use super::entry::{Access, Element, Entry, Kernel};
 use super::params::{flags, Arguments, Divisor, Params, Schedule, Shape};
 use crate::fusion::{Activation, Fusion, Gate};
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use crate::request::Blocks;
 use candle_core::{bail, Result};
 pub(super) use held::takes_gate_before;
@@ -191,7 +191,7 @@ impl Plan {
 
 /// How the elements of a set find their parameters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Affinity {
+enum WeightsPer {
     /// One for the whole set, or none at all.
     Set,
     /// One for every element of a contiguous set.
@@ -202,25 +202,26 @@ enum Affinity {
     Span,
 }
 
-fn affinity(g: &Geometry, any: bool) -> Affinity {
-    match g.affine {
-        _ if !any || g.one_param_per_set() => Affinity::Set,
-        Affine::Row => Affinity::Row,
-        Affine::Column { span: 1 } if g.rows == 1 => Affinity::Column,
-        Affine::Column { .. } => Affinity::Span,
+fn weights_per(g: &Geometry, any: bool) -> WeightsPer {
+    match g.weight_by {
+        _ if !any || g.one_param_per_set() => WeightsPer::Set,
+        WeightBy::Row => WeightsPer::Row,
+        WeightBy::Column { span: 1 } if g.rows == 1 => WeightsPer::Column,
+        WeightBy::Column { .. } => WeightsPer::Span,
     }
 }
 
 /// Whether lanes walk rows: runs shorter than two sectors, or parameters that repeat in every row.
-fn by_columns(r: &Request, affinity: Affinity) -> bool {
+fn by_columns(r: &Request, weights_per: WeightsPer) -> bool {
     let g = &r.geometry;
-    affinity == Affinity::Row || (g.rows > 1 && (affinity != Affinity::Set || g.run * r.element.bytes() < 64))
+    weights_per == WeightsPer::Row
+        || (g.rows > 1 && (weights_per != WeightsPer::Set || g.run * r.element.bytes() < 64))
 }
 
 /// Forward, or statistics alone.
 pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNeeds) -> Result<Plan> {
-    let affinity = affinity(&r.geometry, r.weight || r.bias);
-    let mut plan = Builder::new(r, device, affinity);
+    let weights_per = weights_per(&r.geometry, r.weight || r.bias);
+    let mut plan = Builder::new(r, device, weights_per);
     plan.shape.momentum = needs.momentum.unwrap_or(0.0);
     if plan.is_plain() {
         plan.shape.flags |= flags::PLAIN_NORM;
@@ -238,7 +239,7 @@ pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNee
     }
     // The average over several samples needs them all.
     let averaged = needs.momentum.is_some() && r.geometry.outer > 1;
-    let by_columns = by_columns(r, affinity);
+    let by_columns = by_columns(r, weights_per);
     let in_parts = match by_columns {
         true => columns::forward(&mut plan, needs)?,
         false => held::forward(&mut plan, needs)?,
@@ -256,15 +257,15 @@ pub(crate) fn forward(r: &Request, device: &DeviceProperties, needs: &ForwardNee
 /// All gradients.
 pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardNeeds) -> Result<Plan> {
     // Whether or not parameters are wanted: dx has the same bits either way.
-    let affinity = affinity(&r.geometry, true);
-    let mut plan = Builder::new(r, device, affinity);
+    let weights_per = weights_per(&r.geometry, true);
+    let mut plan = Builder::new(r, device, weights_per);
     if needs.fixed {
         plan.shape.flags |= flags::FIXED;
     }
     if needs.params() {
         plan.shape.flags |= flags::WANT_PARAMS;
     }
-    if affinity == Affinity::Set {
+    if weights_per == WeightsPer::Set {
         plan.shape.flags |= flags::UNWEIGHTED;
     }
     if r.geometry.elements() == 0 {
@@ -273,7 +274,7 @@ pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardN
         }
         return Ok(plan.done());
     }
-    match by_columns(r, affinity) {
+    match by_columns(r, weights_per) {
         _ if r.gated_before() => held::gated_backward(&mut plan, needs)?,
         true => columns::backward(&mut plan, needs)?,
         false => held::backward(&mut plan, needs)?,
@@ -283,13 +284,13 @@ pub(crate) fn backward(r: &Request, device: &DeviceProperties, needs: &BackwardN
 
 /// Sums over each set of dy and of dy * xhat, for norms with one parameter a set.
 pub(crate) fn gradient_sums(r: &Request, device: &DeviceProperties) -> Result<Plan> {
-    let mut plan = Builder::new(r, device, Affinity::Set);
+    let mut plan = Builder::new(r, device, WeightsPer::Set);
     plan.shape.flags |= flags::UNWEIGHTED;
     if r.geometry.elements() == 0 {
         plan.combine(Kernel::CombineSums, Part { chunks: 0, width: 0, run: 1, span: 1 })?;
         return Ok(plan.done());
     }
-    let part = match by_columns(r, Affinity::Set) {
+    let part = match by_columns(r, WeightsPer::Set) {
         true => columns::sums(&mut plan, false)?,
         false => split::sums(&mut plan, false)?,
     };
@@ -299,11 +300,11 @@ pub(crate) fn gradient_sums(r: &Request, device: &DeviceProperties) -> Result<Pl
 
 /// dx from sums over `count` elements a set.
 pub(crate) fn input_gradient(r: &Request, device: &DeviceProperties, count: f64) -> Result<Plan> {
-    let mut plan = Builder::new(r, device, Affinity::Set);
+    let mut plan = Builder::new(r, device, WeightsPer::Set);
     plan.shape.flags |= flags::UNWEIGHTED;
     plan.shape.count = count;
     if r.geometry.elements() > 0 {
-        match by_columns(r, Affinity::Set) {
+        match by_columns(r, WeightsPer::Set) {
             true => columns::input_gradient(&mut plan)?,
             false => split::input_gradient(&mut plan)?,
         }
@@ -341,7 +342,7 @@ struct Builder<'a> {
     r: &'a Request,
     g: Geometry,
     device: &'a DeviceProperties,
-    affinity: Affinity,
+    weights_per: WeightsPer,
     launches: Vec<Launch>,
     shape: Shape,
     schedule: Schedule,
@@ -351,18 +352,18 @@ struct Builder<'a> {
 }
 
 impl<'a> Builder<'a> {
-    fn new(r: &'a Request, device: &'a DeviceProperties, affinity: Affinity) -> Self {
+    fn new(r: &'a Request, device: &'a DeviceProperties, weights_per: WeightsPer) -> Self {
         let g = r.geometry;
-        let (span, set_params) = match (affinity, g.affine) {
-            (Affinity::Set, _) => (g.run.max(1), 1),
-            (_, Affine::Row) => (1, 1),
-            (_, Affine::Column { span }) => (span, g.run / span),
+        let (span, set_params) = match (weights_per, g.weight_by) {
+            (WeightsPer::Set, _) => (g.run.max(1), 1),
+            (_, WeightBy::Row) => (1, 1),
+            (_, WeightBy::Column { span }) => (span, g.run / span),
         };
-        let mut bits = match affinity {
-            Affinity::Set => flags::PER_SET,
-            Affinity::Column => flags::PER_COLUMN,
-            Affinity::Row => flags::PER_ROW,
-            Affinity::Span => 0,
+        let mut bits = match weights_per {
+            WeightsPer::Set => flags::PER_SET,
+            WeightsPer::Column => flags::PER_COLUMN,
+            WeightsPer::Row => flags::PER_ROW,
+            WeightsPer::Span => 0,
         };
         let set = |flag: u32, on: bool| if on { flag } else { 0 };
         bits |= set(flags::CENTER, g.center) | set(flags::FUSED, r.is_fused());
@@ -402,17 +403,17 @@ impl<'a> Builder<'a> {
             ..Schedule::default()
         };
         let (launches, scratch) = (Vec::with_capacity(4), Scratch::default());
-        Self { r, g, device, affinity, launches, shape, schedule, scratch, reserved: 0, traffic: 0 }
+        Self { r, g, device, weights_per, launches, shape, schedule, scratch, reserved: 0, traffic: 0 }
     }
 
     /// Whether nothing stands behind the norm and kernels load its parameters without a call: `plain_param` or
     /// `with_plain_params` finds them.
     fn is_plain(&self) -> bool {
         let r = self.r;
-        let all = match self.affinity {
-            Affinity::Set => true,
-            Affinity::Column => r.weight,
-            Affinity::Row | Affinity::Span => r.weight && r.bias,
+        let all = match self.weights_per {
+            WeightsPer::Set => true,
+            WeightsPer::Column => r.weight,
+            WeightsPer::Row | WeightsPer::Span => r.weight && r.bias,
         };
         all && r.params_plain && !r.is_fused() && r.fusion.weight_offset == 0.0
     }
@@ -448,17 +449,17 @@ impl<'a> Builder<'a> {
     fn unit(&self, access: Access) -> usize {
         match access {
             Access::Vector => 16 / self.r.element.bytes(),
-            Access::Half => 8 / self.r.element.bytes(),
+            Access::HalfVector => 8 / self.r.element.bytes(),
             Access::Scalar => 1,
         }
     }
 
     /// The widest access for segments of `run` elements.
     fn access(&self, run: usize) -> Access {
-        match self.affinity {
-            Affinity::Column if !self.r.params_aligned => Access::Scalar,
+        match self.weights_per {
+            WeightsPer::Column if !self.r.params_aligned => Access::Scalar,
             // An access has one parameter.
-            Affinity::Span => self.widest([run, self.shape.span as usize]),
+            WeightsPer::Span => self.widest([run, self.shape.span as usize]),
             _ => self.widest([run, self.g.run]),
         }
     }
@@ -476,7 +477,7 @@ impl<'a> Builder<'a> {
         let fits = |width: usize| self.r.align >= width && lengths.is_multiple_of(width);
         match bytes {
             _ if fits(16) => Access::Vector,
-            2 if fits(8) => Access::Half,
+            2 if fits(8) => Access::HalfVector,
             _ => Access::Scalar,
         }
     }
@@ -576,7 +577,7 @@ impl<'a> Builder<'a> {
 
     /// Whether the set sums are the parameters' gradients: batch norm.
     fn sums_are_gradients(&self) -> bool {
-        self.affinity == Affinity::Set && self.g.outer == 1
+        self.weights_per == WeightsPer::Set && self.g.outer == 1
     }
 
     /// What follows sums in parts: the parameters' gradients, and the sums of sets if dx needs them.

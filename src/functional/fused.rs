@@ -281,7 +281,7 @@ fn modulated(
     let tokens = (samples > 1).then_some(blocks / samples.max(1));
     let fusion = Fusion { weight_offset, tokens, ..Fusion::default() };
     let around = Around { fusion, ..Around::default() };
-    apply(op, input, place, Some(&scale), shift.as_ref(), eps, Source::Input(None), around)
+    apply(op, input, place, Some(&scale), shift.as_ref(), eps, Statistics::Input(None), around)
 }
 
 /// `(1 + scale) * (xhat * (weight + weight_offset) + bias) + shift`, contiguous: a layer's own parameters are

@@ -7,7 +7,7 @@ use crate::cpu::loops::Stored;
 use crate::cpu::simd_level::Level;
 use crate::cpu::{backward, forward};
 use crate::fusion::{Activation, Fusion, Gate};
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use crate::kernels::Kernels;
 use crate::request::{Arg, Backward, Blocks, Forward, Norm, Want};
 use candle_core::{CpuStorage, DType, WithDType};
@@ -25,7 +25,7 @@ fn shapes() -> Vec<Geometry> {
         geometry(1, 5, 3 * 600, 600, span(600)),
         geometry(2, 20, 2 * 60, 60, span(1)),
         geometry(1, 65, 17, 1, span(1)),
-        geometry(2, 33, 18, 1, Affine::Row),
+        geometry(2, 33, 18, 1, WeightBy::Row),
         geometry(1, 1, 200_003, 200_003, span(1)),
         geometry(1, 1, 150_000, 150_000, span(75_000)),
         geometry(1, 20_011, 9, 1, span(1)),

@@ -5,19 +5,19 @@ use super::oracle;
 use crate::cpu::loops::Stored;
 use crate::cpu::simd_level::Level;
 use crate::fusion::Fusion;
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use crate::request::Want;
 use candle_core::{CpuStorage, DType, Result, WithDType};
 use half::{bf16, f16};
 
 pub(super) const EPS: f64 = 1e-5;
 
-pub(super) fn geometry(outer: usize, rows: usize, width: usize, run: usize, affine: Affine) -> Geometry {
-    Geometry { outer, rows, width, run, affine, center: true }
+pub(super) fn geometry(outer: usize, rows: usize, width: usize, run: usize, weight_by: WeightBy) -> Geometry {
+    Geometry { outer, rows, width, run, weight_by, center: true }
 }
 
-pub(super) fn span(span: usize) -> Affine {
-    Affine::Column { span }
+pub(super) fn span(span: usize) -> WeightBy {
+    WeightBy::Column { span }
 }
 
 /// Small shapes: for each way of walking, lengths around vectors and panels, and primes.
@@ -48,7 +48,7 @@ fn small() -> Vec<Geometry> {
     }
     // Layer norm over a leading dimension: parameters by row.
     for (rows, width) in [(1, 5), (2, 2), (3, 17), (64, 65), (100, 16), (130, 31), (96, 49), (5, 4100)] {
-        all.push(geometry(2, rows, width, 1, Affine::Row));
+        all.push(geometry(2, rows, width, 1, WeightBy::Row));
     }
     all.retain(|g| !cfg!(miri) || g.elements() < 150);
     all
@@ -82,8 +82,8 @@ fn large() -> Vec<Geometry> {
         geometry(1, 20_011, 33, 1, span(1)),
         geometry(2, 1024, 160, 10, span(1)),
         geometry(1, 3000, 160, 80, span(1)),
-        geometry(5, 768, 50, 1, Affine::Row),
-        geometry(1, 2050, 130, 1, Affine::Row),
+        geometry(5, 768, 50, 1, WeightBy::Row),
+        geometry(1, 2050, 130, 1, WeightBy::Row),
     ]
 }
 
@@ -98,7 +98,7 @@ fn above_the_limits_of_miri() -> Vec<Geometry> {
         geometry(1, 3, 2 * 601, 601, span(601)),
         geometry(1, 301, 3, 1, span(1)),
         geometry(2, 40, 12, 3, span(1)),
-        geometry(1, 130, 9, 1, Affine::Row),
+        geometry(1, 130, 9, 1, WeightBy::Row),
     ]
 }
 

@@ -4,7 +4,7 @@ use crate::cpu::element::Element;
 use crate::cpu::parallel::for_each;
 use crate::cpu::simd_level::Level;
 use crate::cpu::tile::Cut;
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use half::{bf16, f16};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -60,7 +60,7 @@ fn check_cut(g: &Geometry, cut: &Cut, whole: bool) {
 #[test]
 #[cfg_attr(miri, ignore = "no unsafe code in it, and hundreds of thousands of tiles")]
 fn cuts_tile_every_shape() {
-    let column = |span| Affine::Column { span };
+    let column = |span| WeightBy::Column { span };
     // Below and above the serial limit, whole sets and cut ones, odd numbers everywhere.
     let shapes = [
         (1, 1, 0, 0, column(1)),
@@ -77,12 +77,12 @@ fn cuts_tile_every_shape() {
         (1, 100_003, 3, 1, column(1)),
         (1, 5003, 321, 1, column(1)),
         (3, 1024, 320, 10, column(1)),
-        (9, 768, 197, 1, Affine::Row),
-        (1, 64, 100_003, 1, Affine::Row),
+        (9, 768, 197, 1, WeightBy::Row),
+        (1, 64, 100_003, 1, WeightBy::Row),
         (2, 50_000, 256, 128, column(1)),
     ];
-    for (outer, rows, width, run, affine) in shapes {
-        let g = Geometry { outer, rows, width, run, affine, center: true };
+    for (outer, rows, width, run, weight_by) in shapes {
+        let g = Geometry { outer, rows, width, run, weight_by, center: true };
         for bytes in [2, 4, 8, 16] {
             let cut = Cut::new(&g, bytes);
             check_cut(&g, &cut, cut.whole_sets());

@@ -4,10 +4,10 @@ use super::fused;
 use super::ran;
 use crate::cpu::affine::Form;
 use crate::cpu::loops::{Conversions, Finishes, Fused, Loops};
-use crate::cpu::plan::{past_from_of, Asked, Backward, Forward, From, Visit, Walk};
+use crate::cpu::plan::{past_from_of, Asked, BackwardPlan, ForwardPlan, Origin, Visit, Walk};
 use crate::cpu::simd_level::Level;
 use crate::fusion::{Activation, Fusion, Gate};
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use half::bf16;
 
 fn walk(visit: &Option<Visit>) -> Option<Walk> {
@@ -79,19 +79,19 @@ const TABLE: [Row; 12] = {
 #[test]
 fn plans_as_a_table() {
     for (name, [outer, rows, width, run], span, (statistics, y), given, (sums, dx), fixed) in TABLE {
-        let affine = if span == 0 { Affine::Row } else { Affine::Column { span } };
-        let g = Geometry { outer, rows, width, run, affine, center: true };
+        let weight_by = if span == 0 { WeightBy::Row } else { WeightBy::Column { span } };
+        let g = Geometry { outer, rows, width, run, weight_by, center: true };
         let form = Form::of(&g, true);
-        let plan = Forward::new(&g, form, 4, false);
+        let plan = ForwardPlan::new(&g, form, 4, false);
         assert_eq!((walk(&plan.sums), plan.y.walk), (statistics, y), "{name}");
-        assert_eq!(plan.from, if statistics.is_some() { From::Given } else { From::Tile }, "{name}");
-        assert!(plan.y.cut.whole_sets() || plan.from == From::Given, "{name}");
-        let plan = Forward::new(&g, form, 4, true);
-        assert_eq!((walk(&plan.sums), plan.y.walk, plan.from), (None, given, From::Given), "{name}");
+        assert_eq!(plan.from, if statistics.is_some() { Origin::Given } else { Origin::Tile }, "{name}");
+        assert!(plan.y.cut.whole_sets() || plan.from == Origin::Given, "{name}");
+        let plan = ForwardPlan::new(&g, form, 4, true);
+        assert_eq!((walk(&plan.sums), plan.y.walk, plan.from), (None, given, Origin::Given), "{name}");
         let asked = |fixed| Asked { dx: true, params: true, fixed };
-        let plan = Backward::new(&g, form, 8, asked(false));
+        let plan = BackwardPlan::new(&g, form, 8, asked(false));
         assert_eq!((walk(&plan.sums), walk(&plan.dx)), (sums, Some(dx)), "{name}");
-        let plan = Backward::new(&g, form, 8, asked(true));
+        let plan = BackwardPlan::new(&g, form, 8, asked(true));
         assert_eq!((walk(&plan.sums), walk(&plan.dx), plan.means), (None, Some(fixed), None), "{name}");
     }
 }

@@ -6,12 +6,12 @@
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::element::{Element, Float, PANEL};
-use crate::cpu::kernel::{Backward, Forward, Input, Partial, PartialSums, Place};
 use crate::cpu::loops::{Line, Loops, Walked};
-use crate::cpu::moments::{Moments, Source, Stat};
+use crate::cpu::moments::{Moments, Stat, StatsFrom};
 use crate::cpu::tile::Tile;
 use crate::cpu::view::{Block, InTile, OutTile, To};
-use crate::geometry::{Affine, Geometry};
+use crate::cpu::walk_args::{BackwardArgs, ForwardArgs, Input, MomentsArgs, Place, SumsArgs};
+use crate::geometry::{Geometry, WeightBy};
 use std::ops::Range;
 
 /// Rows are folded up to this many columns.
@@ -44,7 +44,7 @@ fn sheets<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item = Sheet> + 
     blocks.map(move |block| {
         let rows = tile.rows.start.max(block * g.rows)..tile.rows.end.min((block + 1) * g.rows);
         let unfolded = tile.columns.len();
-        let fold = match g.affine != Affine::Row && unfolded == g.width {
+        let fold = match g.weight_by != WeightBy::Row && unfolded == g.width {
             // Eight rows at least, else merging the columns would cost more than walking them.
             true => (FOLDED / unfolded).min(rows.len() / 8).max(1),
             false => 1,
@@ -168,7 +168,7 @@ impl ColumnMoments {
     }
 }
 
-pub(super) fn moments<T: Walked>(k: Partial<T>) {
+pub(super) fn moments<T: Walked>(k: MomentsArgs<T>) {
     let mut out = k.out.iter_mut();
     for sheet in sheets(k.g, k.tile) {
         let pivots = k.g.center.then(|| sheet.spread(k.g, |set| k.pivots[set]));
@@ -179,14 +179,14 @@ pub(super) fn moments<T: Walked>(k: Partial<T>) {
     }
 }
 
-pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
+pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
     let (g, mut done) = (k.g, 0);
     for sheet in sheets(g, k.tile) {
         let [row, column] = sheet.place;
         let mut stats = Vec::with_capacity(sheet.unfolded / g.run);
         match &k.stats {
-            Source::Given(given) => stats.extend(sheet.sets(g).map(|(set, _)| given.of(set))),
-            Source::Tile(_) => {
+            StatsFrom::Given(given) => stats.extend(sheet.sets(g).map(|(set, _)| given.of(set))),
+            StatsFrom::Tile(_) => {
                 let pivot = |set: usize| k.x.at(row, column + (set - sheet.set) * g.run).widen();
                 let pivots = g.center.then(|| sheet.spread(g, pivot));
                 let moments = ColumnMoments::of(k.loops, &k.x, &sheet, pivots.as_deref());
@@ -204,7 +204,7 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
     }
 }
 
-fn normalize<T: Walked>(k: &mut Forward<T>, sheet: &Sheet, stats: &[Stat<T::Acc>]) {
+fn normalize<T: Walked>(k: &mut ForwardArgs<T>, sheet: &Sheet, stats: &[Stat<T::Acc>]) {
     let (g, affine) = (k.g, k.affine);
     let [mut high, mut scale, mut bias] = [(); 3].map(|()| Vec::with_capacity(sheet.columns));
     for (stat, (_, columns)) in stats.iter().zip(sheet.sets(g)) {
@@ -234,7 +234,7 @@ fn normalize<T: Walked>(k: &mut Forward<T>, sheet: &Sheet, stats: &[Stat<T::Acc>
     }
 }
 
-pub(super) fn sums<T: Walked>(mut k: PartialSums<T>) {
+pub(super) fn sums<T: Walked>(mut k: SumsArgs<T>) {
     let mut out = k.sums.iter_mut();
     for sheet in sheets(k.input.g, k.input.tile) {
         let columns = ColumnSums::of(&k.input, &sheet);
@@ -315,7 +315,7 @@ struct ColumnGradients<A> {
     low: Vec<A>,
 }
 
-pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
+pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let by_row = k.input.affine.form == Form::Rows;
     for sheet in sheets(k.input.g, k.input.tile) {
         let gradients = gradients(&mut k, &sheet);
@@ -336,7 +336,7 @@ pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
     }
 }
 
-fn gradients<T: Walked>(k: &mut Backward<T>, sheet: &Sheet) -> ColumnGradients<T::Acc> {
+fn gradients<T: Walked>(k: &mut BackwardArgs<T>, sheet: &Sheet) -> ColumnGradients<T::Acc> {
     let input = &k.input;
     let spans = match input.affine.form {
         Form::Spans(span) => Some(span),
@@ -377,7 +377,7 @@ fn gradients<T: Walked>(k: &mut Backward<T>, sheet: &Sheet) -> ColumnGradients<T
 }
 
 /// Sums of parameters by row.
-fn row_sums<T: Walked>(k: &mut Backward<T>, sheet: &Sheet, gradients: &ColumnGradients<T::Acc>) {
+fn row_sums<T: Walked>(k: &mut BackwardArgs<T>, sheet: &Sheet, gradients: &ColumnGradients<T::Acc>) {
     let (input, Some(params)) = (&k.input, &mut k.params) else { return };
     // The sums start at the tile's first row of a block.
     let first = if input.tile.rows.len() >= input.g.rows { sheet.row } else { 0 };

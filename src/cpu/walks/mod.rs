@@ -6,9 +6,9 @@ mod runs;
 mod sets;
 mod spans;
 
-use super::kernel::{Backward, Forward, Partial, PartialSums};
 use super::loops::Walked;
 use super::plan::Walk;
+use super::walk_args::{BackwardArgs, ForwardArgs, MomentsArgs, SumsArgs};
 
 /// Tells the tests that a walk runs.
 macro_rules! note {
@@ -18,38 +18,38 @@ macro_rules! note {
     };
 }
 
-pub(super) fn forward<T: Walked>(walk: Walk, kernel: Forward<T>) {
-    note!(kernel.loops, "forward", walk);
+pub(super) fn forward<T: Walked>(walk: Walk, args: ForwardArgs<T>) {
+    note!(args.loops, "forward", walk);
     match walk {
-        Walk::Runs => runs::forward(kernel),
-        Walk::Sets => sets::forward(kernel),
-        Walk::Rows => rows::forward(kernel),
-        Walk::Columns => columns::forward(kernel),
+        Walk::Runs => runs::forward(args),
+        Walk::Sets => sets::forward(args),
+        Walk::Rows => rows::forward(args),
+        Walk::Columns => columns::forward(args),
     }
 }
 
-pub(super) fn backward<T: Walked>(walk: Walk, kernel: Backward<T>) {
-    note!(kernel.input.loops, "backward", walk);
+pub(super) fn backward<T: Walked>(walk: Walk, args: BackwardArgs<T>) {
+    note!(args.input.loops, "backward", walk);
     match walk {
-        Walk::Runs => runs::backward(kernel),
-        Walk::Sets => sets::backward(kernel),
-        Walk::Rows => rows::backward(kernel),
-        Walk::Columns => columns::backward(kernel),
+        Walk::Runs => runs::backward(args),
+        Walk::Sets => sets::backward(args),
+        Walk::Rows => rows::backward(args),
+        Walk::Columns => columns::backward(args),
     }
 }
 
-pub(super) fn moments<T: Walked>(walk: Walk, kernel: Partial<T>) {
-    note!(kernel.loops, "moments", walk);
+pub(super) fn moments<T: Walked>(walk: Walk, args: MomentsArgs<T>) {
+    note!(args.loops, "moments", walk);
     match walk {
-        Walk::Columns => columns::moments(kernel),
-        _ => sets::moments(kernel),
+        Walk::Columns => columns::moments(args),
+        _ => sets::moments(args),
     }
 }
 
-pub(super) fn sums<T: Walked>(walk: Walk, kernel: PartialSums<T>) {
-    note!(kernel.input.loops, "sums", walk);
+pub(super) fn sums<T: Walked>(walk: Walk, args: SumsArgs<T>) {
+    note!(args.input.loops, "sums", walk);
     match walk {
-        Walk::Columns => columns::sums(kernel),
-        _ => sets::sums(kernel),
+        Walk::Columns => columns::sums(args),
+        _ => sets::sums(args),
     }
 }

@@ -7,10 +7,10 @@ use super::spans;
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom};
 use crate::cpu::element::{Float, PANEL};
-use crate::cpu::kernel::{pivot, Backward, Forward, Part};
 use crate::cpu::loops::{Line, Walked};
-use crate::cpu::moments::{Moments, Source, Stat};
+use crate::cpu::moments::{Moments, Stat, StatsFrom};
 use crate::cpu::tile::Tile;
+use crate::cpu::walk_args::{pivot, BackwardArgs, ForwardArgs, Part};
 use crate::geometry::Geometry;
 
 /// The rows of a tile that lie in one block, as one part from its first set on.
@@ -36,14 +36,14 @@ fn set_of(g: &Geometry, part: &Part, p: usize, span: usize) -> usize {
     part.set - part.columns.start / g.run + (p * span).max(part.columns.start) / g.run
 }
 
-pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
+pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
     let (g, span) = (k.g, span(k.affine.form, k.g));
     let mut done = 0;
     for part in blocks(g, k.tile) {
         let first = part.set;
         let stats: Vec<_> = match &k.stats {
-            Source::Given(given) => (first..first + sets(g, &part)).map(|set| given.of(set)).collect(),
-            Source::Tile(_) => statistics(&k, &part),
+            StatsFrom::Given(given) => (first..first + sets(g, &part)).map(|set| given.of(set)).collect(),
+            StatsFrom::Tile(_) => statistics(&k, &part),
         };
         for stat in &stats {
             k.stats.keep(done, *stat);
@@ -68,7 +68,7 @@ fn sets(g: &Geometry, part: &Part) -> usize {
 }
 
 /// Statistics of the sets of a tile that has all of their rows.
-fn statistics<T: Walked>(k: &Forward<T>, part: &Part) -> Vec<Stat<T::Acc>> {
+fn statistics<T: Walked>(k: &ForwardArgs<T>, part: &Part) -> Vec<Stat<T::Acc>> {
     let (g, loops, sets) = (k.g, k.loops, sets(k.g, part));
     let column = |i: usize| part.columns.start + i * g.run;
     let pivots: Vec<_> = (0..sets).map(|i| pivot(g, &k.x, part.rows.start, column(i))).collect();
@@ -102,7 +102,7 @@ fn statistics<T: Walked>(k: &Forward<T>, part: &Part) -> Vec<Stat<T::Acc>> {
     pivots.into_iter().zip(moments).map(|(pivot, moments)| Stat::of(pivot, moments)).collect()
 }
 
-pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
+pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let input = k.input;
     let (g, affine) = (input.g, input.affine);
     let span = span(affine.form, g);

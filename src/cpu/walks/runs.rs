@@ -7,14 +7,14 @@ use super::{sets, spans};
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, MeansFrom};
 use crate::cpu::element::Float;
-use crate::cpu::kernel::{pivot, Backward, Forward, Part, Place};
 use crate::cpu::loops::{Line, Walked};
-use crate::cpu::moments::{Source, Stat};
+use crate::cpu::moments::{Stat, StatsFrom};
+use crate::cpu::walk_args::{pivot, BackwardArgs, ForwardArgs, Part, Place};
 use crate::geometry::Geometry;
 
 /// Elements up to which a set is short: its sums stay in the accumulation type, in f32 no longer than a panel's at any
 /// level.
-const SHORT: usize = 1024;
+const SHORT_ROW: usize = 1024;
 /// Bytes that are taken at a time, of x.
 const AT_A_TIME: usize = 8 << 10;
 /// Sets that are taken at a time, at most.
@@ -24,7 +24,7 @@ const ABREAST: usize = 4;
 
 /// Sets at a time, of `n` elements.
 fn step<T>(n: usize, long: usize) -> usize {
-    match n <= SHORT {
+    match n <= SHORT_ROW {
         true => (AT_A_TIME / (n * size_of::<T>()) / ABREAST * ABREAST).clamp(ABREAST, MOST),
         false => long,
     }
@@ -40,9 +40,9 @@ fn part(g: &Geometry, set: usize) -> Part {
     Part { set, rows: row..row + 1, columns: column..column + g.run }
 }
 
-pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
+pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
     let (g, n, sets) = (k.g, k.g.run, k.tile.sets(k.g));
-    let short = n <= SHORT;
+    let short = n <= SHORT_ROW;
     let step = step::<T>(n, 1);
     let mut stats = [Stat::ZERO; MOST];
     let mut constants = Vec::with_capacity(step);
@@ -51,9 +51,9 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
         let x = k.x.block(at, n, step.min(sets.end - set), n);
         let stats = &mut stats[..x.rows];
         match &k.stats {
-            Source::Given(given) => stats.iter_mut().enumerate().for_each(|(i, s)| *s = given.of(set + i)),
-            Source::Tile(_) if short => k.loops.short_moments(x, g.center, stats),
-            Source::Tile(_) => {
+            StatsFrom::Given(given) => stats.iter_mut().enumerate().for_each(|(i, s)| *s = given.of(set + i)),
+            StatsFrom::Tile(_) if short => k.loops.short_moments(x, g.center, stats),
+            StatsFrom::Tile(_) => {
                 for (i, stat) in stats.iter_mut().enumerate() {
                     let pivot = pivot(g, &k.x, place(g, set + i)[0], place(g, set + i)[1]);
                     *stat = Stat::of(pivot, part(g, set + i).moments(k.loops, &k.x, pivot));
@@ -85,10 +85,10 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
 }
 
 /// With weights by column: the sums of a few sets, then their dx, then the sums of columns.
-pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
+pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let input = k.input;
     let (g, n, sets, loops) = (input.g, input.g.run, input.tile.sets(input.g), input.loops);
-    let short = n <= SHORT;
+    let short = n <= SHORT_ROW;
     let step = step::<T>(n, ABREAST);
     let abreast = short && matches!(k.means, MeansFrom::Tile);
     let weight = &input.affine.weight;
@@ -126,7 +126,7 @@ pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
 
 /// Of short sets from `set` on.
 fn short_gradients<T: Walked>(
-    k: &Backward<T>,
+    k: &BackwardArgs<T>,
     x: crate::cpu::view::Block<T>,
     dy: crate::cpu::view::Block<T>,
     set: usize,

@@ -8,22 +8,22 @@
 use super::spans;
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
-use crate::cpu::kernel::{parts, pivot, Backward, Forward, Input, Part, Partial, PartialSums};
 use crate::cpu::loops::{Line, Walked};
-use crate::cpu::moments::{Source, Stat};
+use crate::cpu::moments::{Stat, StatsFrom};
+use crate::cpu::walk_args::{parts, pivot, BackwardArgs, ForwardArgs, Input, MomentsArgs, Part, SumsArgs};
 
-pub(super) fn moments<T: Walked>(k: Partial<T>) {
+pub(super) fn moments<T: Walked>(k: MomentsArgs<T>) {
     for (part, out) in parts(k.g, k.tile).zip(k.out) {
         let pivot = k.g.center.then(|| k.pivots[part.set]);
         *out = part.moments(k.loops, &k.x, pivot);
     }
 }
 
-pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
+pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
     for (i, part) in parts(k.g, k.tile).enumerate() {
         let stat = match &k.stats {
-            Source::Given(stats) => stats.of(part.set),
-            Source::Tile(_) => {
+            StatsFrom::Given(stats) => stats.of(part.set),
+            StatsFrom::Tile(_) => {
                 let pivot = pivot(k.g, &k.x, part.rows.start, part.columns.start);
                 Stat::of(pivot, part.moments(k.loops, &k.x, pivot))
             }
@@ -33,7 +33,7 @@ pub(super) fn forward<T: Walked>(mut k: Forward<T>) {
     }
 }
 
-fn normalize<T: Walked>(k: &mut Forward<T>, part: &Part, stat: Stat<T::Acc>) {
+fn normalize<T: Walked>(k: &mut ForwardArgs<T>, part: &Part, stat: Stat<T::Acc>) {
     let (affine, rstd, x) = (k.affine, stat.rstd(k.eps), part.block(&k.x));
     let to = part.place(k.y.stride());
     if let Form::Spans(span) = affine.form {
@@ -49,7 +49,7 @@ fn normalize<T: Walked>(k: &mut Forward<T>, part: &Part, stat: Stat<T::Acc>) {
     k.y.write(k.loops, to, x, line)
 }
 
-pub(super) fn sums<T: Walked>(mut k: PartialSums<T>) {
+pub(super) fn sums<T: Walked>(mut k: SumsArgs<T>) {
     for (part, out) in parts(k.input.g, k.input.tile).zip(k.sums) {
         *out = weighted_sums(&k.input, &part, &mut k.params);
     }
@@ -78,7 +78,7 @@ fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<P
 }
 
 /// What makes dx of a set; adds to the parameters' sums where they are by span.
-pub(super) fn gradient<T: Walked>(k: &mut Backward<T>, part: &Part) -> InputGradient<T::Acc> {
+pub(super) fn gradient<T: Walked>(k: &mut BackwardArgs<T>, part: &Part) -> InputGradient<T::Acc> {
     let (stat, rstd) = k.input.stat(part.set);
     // Sums by column are made later, along with dx.
     let spans = k.input.affine.form != Form::Columns;
@@ -94,7 +94,7 @@ pub(super) fn gradient<T: Walked>(k: &mut Backward<T>, part: &Part) -> InputGrad
     InputGradient::of(stat, rstd, means)
 }
 
-pub(super) fn backward<T: Walked>(mut k: Backward<T>) {
+pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let input = k.input;
     let (g, affine, loops) = (input.g, input.affine, input.loops);
     for part in parts(g, input.tile) {

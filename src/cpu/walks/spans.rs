@@ -5,12 +5,12 @@
 use crate::cpu::affine::Affine;
 use crate::cpu::backward_formula::{ParamSums, Sums};
 use crate::cpu::element::{Float, PANEL};
-use crate::cpu::kernel::{Input, Part};
 use crate::cpu::loops::Walked;
 use crate::cpu::moments::Stat;
+use crate::cpu::walk_args::{Input, Part};
 
 /// Elements of a span up to which spans are summed side by side, each in one vector.
-const SHORT: usize = 512;
+const SHORT_SPAN: usize = 512;
 
 /// What the columns of parameter `p` are normalized with.
 #[inline(always)]
@@ -24,7 +24,7 @@ pub(super) fn constants<A: Float>(affine: &Affine<A>, p: usize, stat: Stat<A>, r
 pub(super) fn sums<T: Walked>(input: &Input<T>, part: &Part, run: usize, high: &[T::Acc]) -> Vec<Sums> {
     let (loops, spans) = (input.loops, high.len());
     let mut all = vec![Sums::default(); spans];
-    if run > SHORT {
+    if run > SHORT_SPAN {
         for (i, all) in all.iter_mut().enumerate() {
             let columns = part.columns.start + i * run..part.columns.start + (i + 1) * run;
             *all = dots(input, &Part { columns, ..part.clone() }, None, high[i]);

@@ -9,7 +9,7 @@ use super::Emulated;
 use crate::cuda::plan::DeviceProperties;
 use crate::cuda::{run_backward, run_forward};
 use crate::fusion::{Activation, Fusion, Gate};
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use crate::request::{Arg, Backward, Blocks, Forward, Norm, Want};
 use candle_core::cpu::erf::erf_f64 as erf;
 use candle_core::{CpuStorage, DType, Result};
@@ -295,7 +295,7 @@ fn assert_close_if(what: &str, got: Option<&CpuStorage>, expected: &[f64], toler
 fn families(dtype: DType) -> Vec<(DeviceProperties, Geometry)> {
     let per = 2 * 1024 / dtype.size_in_bytes();
     let columns =
-        |outer, rows, width, run, affine| Geometry { outer, rows, width, run, affine, center: true };
+        |outer, rows, width, run, weight_by| Geometry { outer, rows, width, run, weight_by, center: true };
     let [sm80, sm90] = [80, 90].map(large);
     let mut all = vec![
         (sm80, rows(6, 48)),
@@ -309,8 +309,8 @@ fn families(dtype: DType) -> Vec<(DeviceProperties, Geometry)> {
         (small(70), groups(2, 2, 2, 9 * per)),
         (sm90, batch(4, 3, 40)),
         (small(70), batch(3, 2, 9 * per)),
-        (sm80, columns(1, 60, 24, 1, Affine::Column { span: 1 })),
-        (sm80, columns(2, 17, 40, 1, Affine::Row)),
+        (sm80, columns(1, 60, 24, 1, WeightBy::Column { span: 1 })),
+        (sm80, columns(2, 17, 40, 1, WeightBy::Row)),
     ];
     if dtype != DType::F64 {
         let few = [rows(2, 15 * per), batch(2, 2, 15 * per), groups(1, 2, 3, 5 * per)];

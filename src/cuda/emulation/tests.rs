@@ -7,7 +7,7 @@ use super::{launches, Emulated};
 use crate::cuda::machine::Machine;
 use crate::cuda::plan::DeviceProperties;
 use crate::cuda::{run_backward, run_forward, run_gradient_sums, run_input_gradient, run_statistics};
-use crate::geometry::{Affine, Geometry};
+use crate::geometry::{Geometry, WeightBy};
 use crate::request::{Arg, Backward, Forward, Given, Norm, Normed, Running, Want};
 use candle_core::{CpuStorage, DType, Device, Result, Tensor, Var};
 use half::{bf16, f16};
@@ -279,17 +279,17 @@ fn steps(
 }
 
 pub(super) fn rows(outer: usize, n: usize) -> Geometry {
-    Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center: true }
+    Geometry { outer, rows: 1, width: n, run: n, weight_by: WeightBy::Column { span: 1 }, center: true }
 }
 
 pub(super) fn groups(outer: usize, groups: usize, channels: usize, space: usize) -> Geometry {
-    let (width, affine) = (groups * channels * space, Affine::Column { span: space });
-    Geometry { outer, rows: 1, width, run: channels * space, affine, center: true }
+    let (width, weight_by) = (groups * channels * space, WeightBy::Column { span: space });
+    Geometry { outer, rows: 1, width, run: channels * space, weight_by, center: true }
 }
 
 pub(super) fn batch(samples: usize, channels: usize, space: usize) -> Geometry {
-    let affine = Affine::Column { span: space };
-    Geometry { outer: 1, rows: samples, width: channels * space, run: space, affine, center: true }
+    let weight_by = WeightBy::Column { span: space };
+    Geometry { outer: 1, rows: samples, width: channels * space, run: space, weight_by, center: true }
 }
 
 /// A device of which a block has a seventh of the shared memory, and which has four multiprocessors: sets
@@ -302,15 +302,15 @@ pub(super) fn large(capability: u32) -> DeviceProperties {
     *Emulated::new(capability).expect("a known capability").properties()
 }
 
-fn columns(outer: usize, rows: usize, width: usize, run: usize, affine: Affine) -> Geometry {
-    Geometry { outer, rows, width, run, affine, center: true }
+fn columns(outer: usize, rows: usize, width: usize, run: usize, weight_by: WeightBy) -> Geometry {
+    Geometry { outer, rows, width, run, weight_by, center: true }
 }
 
 /// Every rung that a dtype has, by the bytes of a set; odd lengths and odd offsets take the scalar ones.
 pub(super) fn ladder(dtype: DType) -> Vec<(DeviceProperties, Geometry, usize)> {
     let per = 2 * 1024 / dtype.size_in_bytes(); // elements in 2 KiB
     let rms = |g: Geometry| Geometry { center: false, ..g };
-    let own = Affine::Column { span: 1 };
+    let own = WeightBy::Column { span: 1 };
     let [sm70, sm80, sm90] = [70, 80, 90].map(large);
     let mut all = vec![
         // Lanes of a warp: one element, less than an access, several sets a block, rows beyond a grid's.
@@ -351,8 +351,8 @@ pub(super) fn ladder(dtype: DType) -> Vec<(DeviceProperties, Geometry, usize)> {
         (sm80, columns(2, 50, 15, 5, own), 0),
         (sm80, columns(1, 2100, 64, 16, own), 0),
         (sm80, batch(20, 12, 4), 1),
-        (sm80, columns(2, 17, 80, 1, Affine::Row), 0),
-        (sm90, rms(columns(1, 70, 33, 1, Affine::Row)), 0),
+        (sm80, columns(2, 17, 80, 1, WeightBy::Row), 0),
+        (sm90, rms(columns(1, 70, 33, 1, WeightBy::Row)), 0),
     ];
     if dtype != DType::F64 {
         all.extend([

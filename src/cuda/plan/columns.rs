@@ -1,9 +1,9 @@
 //! Plans where lanes own columns and walk rows: channels-last, short runs, parameters by row.
 
-use super::{Affinity, BackwardNeeds, Builder, ForwardNeeds, Part};
+use super::{BackwardNeeds, Builder, ForwardNeeds, Part, WeightsPer};
 use crate::cuda::entry::{Access, Kernel};
 use crate::cuda::params::{flags, Divisor};
-use crate::geometry::Affine;
+use crate::geometry::WeightBy;
 use candle_core::Result;
 
 pub(crate) const BLOCK: usize = 256;
@@ -20,13 +20,13 @@ impl Builder<'_> {
     /// many there are: always 32 lanes, and chunks as for the widest accesses.
     fn tiles(&mut self) -> (Access, usize) {
         // Four elements of 16 bits: a thread has registers for every column of its own.
-        let widest = if self.r.element.bytes() == 2 { Access::Half } else { Access::Vector };
+        let widest = if self.r.element.bytes() == 2 { Access::HalfVector } else { Access::Vector };
         let access = match self.width_access() {
             Access::Scalar => Access::Scalar,
             _ => widest,
         };
         let (unit, widest) = (self.unit(access), self.unit(widest));
-        let samples = self.g.affine == Affine::Row;
+        let samples = self.g.weight_by == WeightBy::Row;
         let lanes = match samples {
             true => 32,
             false => self.g.width.div_ceil(unit).next_power_of_two().min(32),
@@ -94,7 +94,7 @@ pub(super) fn sums(b: &mut Builder, write_dx: bool) -> Result<Part> {
 }
 
 pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
-    if b.affinity == Affinity::Row {
+    if b.weights_per == WeightsPer::Row {
         return backward_rows(b, needs);
     }
     let own = needs.dx && !needs.fixed;

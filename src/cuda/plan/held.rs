@@ -3,10 +3,10 @@
 //! A set goes to a few lanes, a block or a cluster by the bytes that it takes, which its length alone
 //! decides: a batch does not change how one of its rows is summed.
 
-use super::{residency, split, Affinity, BackwardNeeds, Builder, ForwardNeeds};
+use super::{residency, split, BackwardNeeds, Builder, ForwardNeeds, WeightsPer};
 use crate::cuda::entry::{Access, Element, Kernel};
 use crate::cuda::params::Divisor;
-use crate::geometry::Affine;
+use crate::geometry::WeightBy;
 use crate::request::Norm;
 use candle_core::{bail, Result};
 
@@ -150,7 +150,7 @@ impl Builder<'_> {
     fn lanes_for(&self, slice: usize) -> usize {
         // Where the length leaves accesses of two bytes, a thread has a quarter of them: of an H100's time for 4096
         // rows of 1023 bf16 three quarters, where rows of f32 would take 1.1 times theirs.
-        let span = if self.affinity == Affinity::Span { self.shape.span as usize } else { 4 };
+        let span = if self.weights_per == WeightsPer::Span { self.shape.span as usize } else { 4 };
         let odd = !(self.g.run.is_multiple_of(4) && span.is_multiple_of(4)) && self.r.element.bytes() == 2;
         let each = if odd { THREAD_BYTES / 4 } else { THREAD_BYTES };
         (slice * self.r.element.bytes()).div_ceil(each).next_power_of_two()
@@ -160,7 +160,7 @@ impl Builder<'_> {
     fn may_keep(&self) -> bool {
         self.is_plain()
             && !self.r.residual
-            && (self.g.rows == 1 || self.affinity == Affinity::Set)
+            && (self.g.rows == 1 || self.weights_per == WeightsPer::Set)
             && self.r.element != Element::F64
             && self.g.sets() <= i32::MAX as usize / CLUSTER
     }
@@ -223,22 +223,22 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
     if needs.fixed {
         return split::backward_fixed(b, needs);
     }
-    let by_segment = b.affinity == Affinity::Span;
+    let by_segment = b.weights_per == WeightsPer::Span;
     let access = b.access(b.g.run);
     b.set_segments(b.runs());
     // Whether or not parameters are wanted: dx has the same bits either way.
-    if b.affinity == Affinity::Column {
+    if b.weights_per == WeightsPer::Column {
         if let Some(rows) = place_rows(b, access) {
             return backward_rows(b, needs, access, rows);
         }
     }
-    let held = b.place(access, b.affinity == Affinity::Set, ALONE_BYTES, |slice| {
+    let held = b.place(access, b.weights_per == WeightsPer::Set, ALONE_BYTES, |slice| {
         b.held_both(slice) + by_segment as usize * segments(b, slice, access).bytes
     });
     let Some(held) = held else {
         return split::backward(b, needs);
     };
-    if b.affinity == Affinity::Column && needs.params() {
+    if b.weights_per == WeightsPer::Column && needs.params() {
         // Sums of columns over the batch, without those of sets.
         split::column_sums(b, needs, false)?;
         b.set_segments(b.runs());
@@ -254,7 +254,7 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
     }
     b.launch_held((Kernel::BackwardSets, Kernel::BackwardSetsCluster), access, held)?;
     b.passes(2 + needs.dx as usize);
-    match needs.params() && b.affinity != Affinity::Column {
+    match needs.params() && b.weights_per != WeightsPer::Column {
         true => {
             // Copies for every outer block, and for every block of a cluster that has a part of a segment.
             match b.g.outer * if by_segment { held.cluster } else { 1 } {
@@ -354,7 +354,7 @@ fn share_rows(
 /// operations.
 pub(crate) fn takes_gate_before(norm: &Norm, element: Element) -> bool {
     let (g, f) = (&norm.geometry, &norm.fusion);
-    let rows = !g.center && g.rows == 1 && g.run == g.width && g.affine == Affine::Column { span: 1 };
+    let rows = !g.center && g.rows == 1 && g.run == g.width && g.weight_by == WeightBy::Column { span: 1 };
     let alone = f.activation.is_none() && f.residual.is_none() && f.tokens.is_none() && !f.skip;
     rows && alone && g.run <= MAX_BLOCK * backward_elements(element)
 }

@@ -1,7 +1,7 @@
 //! Plans for sets that do not fit on chip, and for statistics that are given: chunk by chunk.
 
 use super::held::{backward_elements, Segs};
-use super::{Affinity, BackwardNeeds, Builder, ForwardNeeds, Part};
+use super::{BackwardNeeds, Builder, ForwardNeeds, Part, WeightsPer};
 use crate::cuda::entry::{Access, Kernel};
 use crate::cuda::params::flags;
 use candle_core::Result;
@@ -71,7 +71,7 @@ pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
 }
 
 pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
-    if b.affinity == Affinity::Column {
+    if b.weights_per == WeightsPer::Column {
         return backward_columns(b, needs);
     }
     let part = sums(b, false)?;
@@ -87,15 +87,15 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
 /// Launches the sums of chunks; how they lie.
 pub(super) fn sums(b: &mut Builder, write_dx: bool) -> Result<Part> {
     let span = b.shape.span as usize;
-    let segs = match b.affinity {
-        Affinity::Span => Segs { count: b.g.run / span, len: span, stride: span },
+    let segs = match b.weights_per {
+        WeightsPer::Span => Segs { count: b.g.run / span, len: span, stride: span },
         _ => b.runs(),
     };
     let access = b.access(segs.len);
     b.cut(segs, access, BACKWARD_BYTES / b.gradient_step());
     let pieces = b.schedule.pieces as usize;
-    let (run, span) = match b.affinity {
-        Affinity::Span => {
+    let (run, span) = match b.weights_per {
+        WeightsPer::Span => {
             b.schedule.segment_lanes = (span / b.unit(access)).next_power_of_two().min(32) as u32;
             (segs.count * pieces, pieces)
         }
@@ -169,7 +169,7 @@ pub(super) fn backward_fixed(b: &mut Builder, needs: &BackwardNeeds) -> Result<(
         }
         return Ok(());
     }
-    if b.affinity == Affinity::Column {
+    if b.weights_per == WeightsPer::Column {
         return backward_columns(b, needs);
     }
     let part = sums(b, needs.dx)?;

@@ -17,26 +17,26 @@ const BACKWARD: BackwardNeeds =
     BackwardNeeds { dx: true, dweight: true, dbias: true, as_x: true, fixed: false, upstream: false };
 
 fn rows(outer: usize, n: usize) -> Geometry {
-    Geometry { outer, rows: 1, width: n, run: n, affine: Affine::Column { span: 1 }, center: true }
+    Geometry { outer, rows: 1, width: n, run: n, weight_by: WeightBy::Column { span: 1 }, center: true }
 }
 
 fn group(outer: usize, groups: usize, channels: usize, space: usize) -> Geometry {
-    let affine = Affine::Column { span: space };
+    let weight_by = WeightBy::Column { span: space };
     let run = channels * space;
-    Geometry { outer, rows: 1, width: groups * run, run, affine, center: true }
+    Geometry { outer, rows: 1, width: groups * run, run, weight_by, center: true }
 }
 
 fn batch(samples: usize, channels: usize, space: usize) -> Geometry {
-    let affine = Affine::Column { span: space };
-    Geometry { outer: 1, rows: samples, width: channels * space, run: space, affine, center: true }
+    let weight_by = WeightBy::Column { span: space };
+    Geometry { outer: 1, rows: samples, width: channels * space, run: space, weight_by, center: true }
 }
 
 fn channels_last(outer: usize, rows: usize, width: usize, run: usize) -> Geometry {
-    Geometry { outer, rows, width, run, affine: Affine::Column { span: 1 }, center: true }
+    Geometry { outer, rows, width, run, weight_by: WeightBy::Column { span: 1 }, center: true }
 }
 
 fn by_row(outer: usize, rows: usize, width: usize) -> Geometry {
-    Geometry { outer, rows, width, run: 1, affine: Affine::Row, center: true }
+    Geometry { outer, rows, width, run: 1, weight_by: WeightBy::Row, center: true }
 }
 
 fn request(geometry: Geometry, element: Element, aligned: bool) -> Request {
@@ -299,7 +299,7 @@ fn launches_are_within_bounds() {
             assert!((2..=3).contains(&(forward.traffic / tensor)), "{what}: forward");
             assert!((3..=5).contains(&(backward.traffic / tensor)), "{what}: backward");
             // What fits in the registers of a block is read once and written once.
-            let contiguous = geometry.rows == 1 && geometry.affine != Affine::Row;
+            let contiguous = geometry.rows == 1 && geometry.weight_by != WeightBy::Row;
             if contiguous && geometry.set_len() * element.bytes() <= 64 << 10 {
                 assert_eq!(forward.traffic, 2 * tensor, "{what}");
             }

@@ -4,14 +4,14 @@ use super::affine::Affine;
 use super::backward_formula::{Means, MeansFrom, ParamSums, Sums};
 use super::element::{Element, Float, PANEL};
 use super::loops::{Line, Loops, Walked};
-use super::moments::{Moments, Source, Stat, Stats};
+use super::moments::{Moments, Stat, Stats, StatsFrom};
 use super::tile::Tile;
 use super::view::{Block, InTile, OutTile};
 use crate::geometry::Geometry;
 use std::ops::Range;
 
 /// Moments of every set's part in a tile, for sets that are cut.
-pub(super) struct Partial<'a, T: Walked> {
+pub(super) struct MomentsArgs<'a, T: Walked> {
     pub loops: &'static Loops<T>,
     pub g: &'a Geometry,
     pub x: InTile<'a, T>,
@@ -22,14 +22,14 @@ pub(super) struct Partial<'a, T: Walked> {
 }
 
 /// Normalizes a tile.
-pub(super) struct Forward<'a, 'y, T: Walked> {
+pub(super) struct ForwardArgs<'a, 'y, T: Walked> {
     pub loops: &'static Loops<T>,
     pub g: &'a Geometry,
     pub eps: T::Acc,
     pub affine: &'a Affine<'a, T::Acc>,
     pub x: InTile<'a, T>,
     pub tile: &'a Tile,
-    pub stats: Source<'a, T::Acc>,
+    pub stats: StatsFrom<'a, T::Acc>,
     pub y: Out<'y, T>,
 }
 
@@ -95,27 +95,27 @@ pub(super) struct Input<'a, T: Walked> {
 }
 
 /// Sums over a tile without dx: of its sets, and of its parameters.
-pub(super) struct PartialSums<'a, T: Walked> {
+pub(super) struct SumsArgs<'a, T: Walked> {
     pub input: Input<'a, T>,
-    /// Of spans alone; `Backward` makes those of columns and rows.
+    /// Of spans alone; `BackwardArgs` makes those of columns and rows.
     pub params: Option<ParamSums<'a, T::Acc>>,
     pub sums: &'a mut [Sums],
 }
 
 /// dx of a tile, and the sums of its parameters.
-pub(super) struct Backward<'a, T: Walked> {
+pub(super) struct BackwardArgs<'a, T: Walked> {
     pub input: Input<'a, T>,
     pub means: MeansFrom<'a, T::Acc>,
     pub params: Option<ParamSums<'a, T::Acc>>,
     pub dx: Option<OutTile<'a, T>>,
 }
 
-impl<'a, T: Walked> Backward<'a, T> {
-    pub fn with_dx<'b>(self, dx: OutTile<'b, T>) -> Backward<'b, T>
+impl<'a, T: Walked> BackwardArgs<'a, T> {
+    pub fn with_dx<'b>(self, dx: OutTile<'b, T>) -> BackwardArgs<'b, T>
     where
         'a: 'b,
     {
-        Backward { dx: Some(dx), ..self }
+        BackwardArgs { dx: Some(dx), ..self }
     }
 }
 
