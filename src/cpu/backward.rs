@@ -67,7 +67,7 @@ fn run<T: Stored, W: Walked<Acc = T::Acc>>(
     let mut out = Outputs {
         dx: tensors.then(|| Output::new(g, plan::past_caches(g, size_of::<T>(), size_of::<T>()))),
         dskip: new(want.dskip && read.after.any()),
-        dgate: new(tensors && read.x.gate.is_some() || want.dgate && read.after.gate.is_some()),
+        dgate: new(tensors && read.x.gate.is_some() || want.dgate && read.after.behind.gate.is_some()),
     };
     let [weight, bias] = read.run::<W>(&plan, asked, &mut out);
     let storage = |output: Option<Output<T>>, wanted: bool| {

@@ -3,7 +3,7 @@
 
 use super::affine::{Affine, Form};
 use super::element::{converted, Element, Float};
-use super::loops::{Stored, Walked};
+use super::loops::{Behind, Stored, Walked};
 use super::moments::{Moments, Stat, Stats, StatsFrom};
 use super::output::Output;
 use super::parallel::{for_each, split};
@@ -100,7 +100,8 @@ pub(super) fn after<'a, T: Stored>(
             .transpose()
     };
     let gate = if norm.fusion.gate == Some(Gate::After) { tensor(gate)? } else { None };
-    Ok(After { level, skip: tensor(skip)?, activation: norm.fusion.activation, gate })
+    let behind = Behind { skip: tensor(skip)?, activation: norm.fusion.activation, gate };
+    Ok(After { level, behind })
 }
 
 /// x, with its gate if it has one.

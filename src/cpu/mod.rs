@@ -20,6 +20,11 @@
 //! | block | rows of elements that a loop reads or writes: the door for all elements | `view.rs` |
 //! | loop | what runs in vectors; compiled once a level and type, and called through a table | `loops/` |
 //! | level | the vector instructions of this machine | `simd_level.rs` |
+//! | line, behind | what makes z of x; what is done to z on its way into y: skip, activation, gate | `loops/finish.rs` |
+//!
+//! And of numbers: a *pivot* is a set's first element, which is subtracted before anything is summed; a mean is the sum of
+//! a *high* and a *low* (`moments.rs`); g is `dy * weight`. A tile with something around its norm is *staged*: copied to a
+//! thread's scratch, a *piece* (some of its sets) at a time, and there worked on in *strips* (`staging.rs`).
 //!
 //! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `staging.rs` (a tile as walks read it),
 //! `walks/`, `loops/`, and each imports only what comes after it.

@@ -11,7 +11,6 @@ use super::simd_level::Level;
 use super::tile::Tile;
 use super::view::{same, same_mut, Block, InTile, OutTile};
 use super::walk_args::{Finish, Out, Place};
-use crate::fusion::Activation;
 use crate::geometry::Geometry;
 use crate::request::Blocks;
 
@@ -267,29 +266,22 @@ impl<'a, T: Stored> Source<'a, T> {
     }
 }
 
-/// What is done behind a norm.
+/// What is done behind a norm, to a tile at a time.
 #[derive(Clone, Copy)]
 pub(super) struct After<'a, T> {
     pub level: Level,
-    /// Added to z.
-    pub skip: Option<Tensor<'a, T>>,
-    pub activation: Option<Activation>,
-    /// z is multiplied by `silu(gate)`.
-    pub gate: Option<Tensor<'a, T>>,
+    pub behind: Behind<Tensor<'a, T>>,
 }
 
 impl<'a, T: Stored> After<'a, T> {
     pub fn any(&self) -> bool {
-        self.skip.is_some() || self.activation.is_some() || self.gate.is_some()
-    }
-
-    fn behind(&self) -> Behind<Tensor<'a, T>> {
-        Behind { skip: self.skip, activation: self.activation, gate: self.gate }
+        let Behind { skip, activation, gate } = &self.behind;
+        skip.is_some() || activation.is_some() || gate.is_some()
     }
 
     /// Whether walks over `W` leave z in registers, not in scratch.
     pub fn in_registers<W: 'static>(&self) -> bool {
-        !self.any() || same::<T::Walk, W>(&[]).is_some() && self.behind().in_registers::<T::Acc>(self.level)
+        !self.any() || same::<T::Walk, W>(&[]).is_some() && self.behind.in_registers::<T::Acc>(self.level)
     }
 
     /// Whether walks over `W` write scratch.
@@ -305,7 +297,7 @@ impl<'a, T: Stored> After<'a, T> {
         walk: impl FnOnce(Out<W>),
     ) {
         let tile = y.tile().clone();
-        let (level, behind) = (self.level, self.behind().map(|tensor| tensor.tile(&tile)));
+        let (level, behind) = (self.level, self.behind.map(|tensor| tensor.tile(&tile)));
         if !self.any() {
             return write(level, y, scratch, |y| walk(Out::Tile(y)));
         }
@@ -319,7 +311,7 @@ impl<'a, T: Stored> After<'a, T> {
     }
 
     fn add_skip(&self, strip: &Tile, z: &mut [T::Acc], other: &mut Vec<T::Acc>) {
-        if let Some(skip) = &self.skip {
+        if let Some(skip) = &self.behind.skip {
             T::Acc::fused(self.level).add(z, skip.strip(strip, other));
         }
     }
@@ -337,20 +329,20 @@ impl<'a, T: Stored> After<'a, T> {
         let len = tile.rows.len() * tile.columns.len();
         let (wide, z) = (room(wide, len), room(z, len));
         dy.widen(tile, wide);
-        if self.activation.is_some() || self.gate.is_some() {
+        if self.behind.activation.is_some() || self.behind.gate.is_some() {
             walk_into(z, tile, walk);
         }
         let (fused, conversions) = (T::Acc::fused(self.level), Conversions::<T>::of(self.level));
         for (strip, at) in strips(tile) {
             let (z, dy) = (&mut z[at..at + strip.columns.len()], &mut wide[at..at + strip.columns.len()]);
             self.add_skip(&strip, z, other);
-            if let Some(gate) = &self.gate {
+            if let Some(gate) = &self.behind.gate {
                 fused.gate_gradient(z, gate.strip(&strip, other), dy);
                 if let Some(dgate) = &mut dgate {
                     conversions.narrow(Block::row_of(z), dgate.part(&strip).whole());
                 }
             }
-            if let Some(activation) = self.activation {
+            if let Some(activation) = self.behind.activation {
                 fused.slope(z, activation, dy);
             }
             if let Some(dskip) = &mut dskip {

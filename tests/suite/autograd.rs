@@ -1,7 +1,7 @@
 //! Rules of the graph: who gets a gradient, of which dtype, how often, and through which views.
 
 use crate::case::{Argument, Case, Layout, Norm};
-use crate::common::{bits, data, device, tensor, values};
+use crate::common::{bits, data, device, tensor, values, DTYPES};
 use crate::compare;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_norm::__bench::{Kind, RecordedOp};
@@ -89,7 +89,7 @@ fn backward_runs_twice_on_one_graph() -> Result<()> {
 
 #[test]
 fn each_gradient_has_its_arguments_dtype() -> Result<()> {
-    let dtypes = [DType::F32, DType::F64, DType::F16, DType::BF16];
+    let dtypes = DTYPES;
     for case in each() {
         for dtype in dtypes {
             for params in dtypes {
@@ -301,7 +301,7 @@ fn a_set_of_one_element_has_no_gradient() -> Result<()> {
                 .broadcast_mul(&w.unsqueeze(1)?)
         }),
     ];
-    for dtype in [DType::F16, DType::BF16, DType::F32, DType::F64] {
+    for dtype in DTYPES {
         for (what, dims, params, call) in calls {
             let new = |seed, dims: &[usize]| {
                 let n = dims.iter().product();

@@ -4,6 +4,9 @@ use candle_core::{DType, Device, Result, Tensor};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::OnceLock;
 
+/// Every dtype of x.
+pub const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
+
 /// The device under test: `CANDLE_NORM_TEST_DEVICE` is `cpu` (the default) or `cuda`.
 ///
 /// One per process, since candle's CUDA devices differ from each other even on the same card.

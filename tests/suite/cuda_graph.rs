@@ -3,7 +3,7 @@
 //!
 //! Compiled with feature `cuda`; it has something to test when the device under test is a GPU.
 
-use crate::common::{bits, data, device, tensor};
+use crate::common::{bits, data, device, tensor, DTYPES};
 use candle_core::{CudaDevice, DType, Device, Result, Tensor, Var};
 use candle_norm::__bench::{Kind, RecordedOp};
 use candle_norm::functional as f;
@@ -47,7 +47,7 @@ fn replayed(gpu: &CudaDevice, x: &Var, values: &[Tensor], op: &Op) -> Result<Vec
 /// Replays give what calls give, bit for bit.
 fn captures(name: &str, dims: &[usize], op: &Op) -> Result<()> {
     let Some(gpu) = gpu() else { return Ok(()) };
-    for dtype in [DType::F32, DType::BF16, DType::F16, DType::F64] {
+    for dtype in DTYPES {
         let n = dims.iter().product();
         let values = [1, 2, 3].map(|seed| tensor(&data(seed, n, 0.5, 2.0), dims, dtype));
         let values: Vec<Tensor> = values.into_iter().collect::<Result<_>>()?;

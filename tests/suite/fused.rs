@@ -2,7 +2,7 @@
 //! against the oracle; the same bits as the unfused composition where that is promised.
 
 use crate::case::{Case, Fusion, Gate, Layout, Norm};
-use crate::common::{bits, cases, device, sized, tensor, values};
+use crate::common::{bits, cases, device, sized, tensor, values, DTYPES};
 use crate::compare::against_oracle;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Activation, Module};
@@ -11,7 +11,6 @@ use proptest::prelude::*;
 use proptest::sample::select;
 use proptest::test_runner::{RngSeed, TestCaseError, TestRunner};
 
-const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 const ACTIVATIONS: [Activation; 10] = [
     Activation::Relu,
     Activation::Relu6,

@@ -6,7 +6,7 @@
 //! the oracle gives; a wrong one must return an error and leave the running statistics as they were.
 
 use crate::case::{Arguments, Built, Case, Layout, Norm};
-use crate::common::{data, device, left_out, ones, values};
+use crate::common::{data, device, left_out, ones, values, DTYPES};
 use crate::{compare, oracle};
 use candle_core::{DType, Tensor, Var};
 use candle_norm::functional as f;
@@ -36,7 +36,6 @@ impl Bytes<'_> {
     }
 }
 
-const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 const SIZES: [usize; 24] =
     [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 31, 32, 33, 63, 64, 65, 100, 127, 129, 257, 0];
 /// Elements of a call at most: the oracle is slow, and more is the other tests' matter.

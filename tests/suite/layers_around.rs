@@ -3,7 +3,7 @@
 //! The functions themselves are held against an oracle in `fused.rs`; here it is bits against a function, or,
 //! where a layer composes what no function has, the same composition in f64.
 
-use crate::common::{accumulation, bits, data, relative_l2, tensor, unit_roundoff, values};
+use crate::common::{accumulation, bits, data, relative_l2, tensor, unit_roundoff, values, DTYPES};
 use candle_core::{DType, Result, Tensor, Var, D};
 use candle_nn::{Activation, Module, ModuleT};
 use candle_norm::distributed::{LocalGroup, ProcessGroup};
@@ -13,7 +13,6 @@ use candle_norm::{layer_norm2d, BatchNorm, BatchNormOptions, FoldBatchNorm, Grou
 use candle_norm::{InstanceNorm, InstanceNormOptions, LayerNorm, LayerNormOptions, RmsNorm, RmsNormOptions};
 use std::sync::Arc;
 
-const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 /// One that is fused, one with a number, and one that is candle's operation behind the norm.
 const ACTIVATIONS: [Activation; 3] = [Activation::Silu, Activation::LeakyRelu(0.1), Activation::Elu(1.0)];
 const EPS: f64 = 1e-3;

@@ -3,7 +3,7 @@
 //! Seeded: the same cases every run. `PROPTEST_CASES` sets how many, `PROPTEST_RNG_SEED` which.
 
 use crate::case::{Case, Layout, Norm};
-use crate::common::{cases, sized};
+use crate::common::{cases, sized, DTYPES};
 use crate::compare::against_oracle;
 use candle_core::DType;
 use proptest::prelude::*;
@@ -12,7 +12,6 @@ use proptest::test_runner::{RngSeed, TestCaseError, TestRunner};
 
 /// Sizes with a reason: one, small, primes, and a SIMD lane or a warp more or less one.
 const SIZES: [usize; 16] = [1, 2, 3, 4, 5, 6, 7, 8, 9, 13, 15, 16, 17, 31, 33, 64];
-const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 
 fn dims(least: usize) -> impl Strategy<Value = Vec<usize>> {
     let last = prop_oneof![3 => select(&SIZES[..]), 1 => select(&[63usize, 65, 127, 257, 1000][..])];

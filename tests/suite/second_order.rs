@@ -4,7 +4,7 @@
 //! again as a child process that has it.
 
 use crate::case::{Arguments, Case};
-use crate::common::{process_for, tensor, values};
+use crate::common::{process_for, tensor, values, DTYPES};
 use crate::finite_differences::{cases, close, derivative};
 use crate::oracle;
 use candle_core::{DType, Result, Tensor, Var};
@@ -33,7 +33,7 @@ fn matches_finite_differences_of_the_first() -> Result<()> {
 fn first_gradients_stay_right() -> Result<()> {
     switched_on("first_gradients_stay_right", || {
         for case in crate::autograd::each() {
-            for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+            for dtype in DTYPES {
                 for bias in [true, false] {
                     let case = Case { dtype, bias: case.bias && bias, weight: bias, ..case.clone() };
                     crate::compare::against_oracle(&case).unwrap_or_else(|e| panic!("{e}"));

@@ -2,7 +2,7 @@
 
 use crate::autograd::each;
 use crate::case::{Arguments, Case, Layout, Norm};
-use crate::common::{bits, values};
+use crate::common::{bits, values, DTYPES};
 use crate::compare;
 use crate::oracle;
 use candle_core::{DType, Result};
@@ -157,7 +157,7 @@ fn sets_of_one_element() -> Result<()> {
         (Norm::Group { groups: 6 }, vec![7, 6]),
         (Norm::Group { groups: 6 }, vec![7, 6, 1, 1]),
     ] {
-        for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
+        for dtype in DTYPES {
             let case = Case { dtype, ..Case::new(norm, &dims) };
             check(&case, &case.random())?;
         }

@@ -10,7 +10,7 @@
 mod reference;
 mod sides;
 
-use crate::common::{data, device, sized, tensor, unit_roundoff, values, EMULATED};
+use crate::common::{data, device, sized, tensor, unit_roundoff, values, DTYPES, EMULATED};
 use candle_core::{DType, Result, Tensor, Var};
 use reference::{Bounds, Exact, Repeats};
 use sides::{Answer, Args, Entry, Family};
@@ -109,7 +109,6 @@ const EXCEPTIONS: [Exception; 6] = [
     ),
 ];
 
-const DTYPES: [DType; 4] = [DType::F32, DType::F64, DType::F16, DType::BF16];
 /// Exact in f32, which `ops` takes it in.
 const EPS: f64 = 1.0 / 65536.0;
 
