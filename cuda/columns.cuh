@@ -311,13 +311,13 @@ template <class T, int V> __device__ void column_forward(const Params& p) {
 
 // dz of a row of a tile, from what was loaded of x and dy.
 template <class T, int V, class A>
-__device__ inline void row_upstream(const Params& p, u64 row, u64 at, const TileAffine<WITH_FUSION, T, V, A>& affine,
+__device__ inline void row_dz(const Params& p, u64 row, u64 at, const TileAffine<WITH_FUSION, T, V, A>& affine,
                                     const Stats<A> (&stats)[V], bool write, const A (&values)[V], A (&d)[V]) {
     A z[V];
 #pragma unroll
     for (int v = 0; v < V; ++v) z[v] = values[v];
     affine.forward(row, stats, z);
-    upstream<T, V>(p, at, write, z, d);
+    make_dz<T, V>(p, at, write, z, d);
 }
 
 template <Loop LOOP, class T, int V, class A>
@@ -328,7 +328,7 @@ __device__ inline void sum_columns(const Params& p, const Tile& tile, const Stat
         A values[V], d[V];
         x.get(values);
         dy.get(d);
-        if constexpr (LOOP == WITH_FUSION) row_upstream<T, V>(p, row, at, affine, stats, p.has(SUMS_WRITE), values, d);
+        if constexpr (LOOP == WITH_FUSION) row_dz<T, V>(p, row, at, affine, stats, p.has(SUMS_WRITE), values, d);
         const A row_w = affine.row_weight(row);
 #pragma unroll
         for (int v = 0; v < V; ++v) {
@@ -384,7 +384,7 @@ __device__ inline void put_column_gradients(const Params& p, const Tile& tile, c
             A values[V], d[V];
             xs.get(values);
             dys.get(d);
-            if constexpr (LOOP == WITH_FUSION) row_upstream<T, V>(p, row, at, affine, stats, !p.has(SUMS_WRITE), values, d);
+            if constexpr (LOOP == WITH_FUSION) row_dz<T, V>(p, row, at, affine, stats, !p.has(SUMS_WRITE), values, d);
             const A row_w = affine.row_weight(row);
 #pragma unroll
             for (int v = 0; v < V; ++v) {

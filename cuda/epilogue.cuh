@@ -90,7 +90,7 @@ template <class T, int V, class A> __device__ inline void finish(const Params& p
 // z, without skip, and dy of V elements at `at`: dy becomes dz. `write` stores the gradients of skip and
 // gate, which is to happen once.
 template <class T, int V, class A>
-__device__ inline void upstream(const Params& p, u64 at, bool write, A (&z)[V], A (&d)[V]) {
+__device__ inline void make_dz(const Params& p, u64 at, bool write, A (&z)[V], A (&d)[V]) {
     if (p.skip) {
         A skip[V];
         fetch<T, V>(static_cast<const T*>(p.skip) + at, skip);

@@ -19,7 +19,7 @@ template <class A> __device__ inline A input_gradient(const Stats<A>& stats, A x
 // dy becomes dz where it is held: what comes after knows of no fusion.
 // `write` stores the gradients of skip and gate.
 template <class T, int V, int C, class Where, class A>
-__device__ inline void take_upstream(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, bool write,
+__device__ inline void take_dz(const Params& p, const Slice<V, C>& slice, const Where& at, const Stats<A>& stats, bool write,
                                      const T* held, const HeldGradient<T, V>& dheld) {
     const Affine<A, T> affine(p, at.first_param);
 #pragma unroll 1
@@ -32,7 +32,7 @@ __device__ inline void take_upstream(const Params& p, const Slice<V, C>& slice, 
         affine.bias(at.column(e), b);
 #pragma unroll
         for (int v = 0; v < V; ++v) z[v] = stats(z[v]) * w[v] + b[v];
-        upstream<T, V>(p, at.base + at.offset(p, e), write, z, d);
+        make_dz<T, V>(p, at.base + at.offset(p, e), write, z, d);
         dheld.set(unit * V, d);
     }
 }
@@ -254,7 +254,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         const Stats<A> stats = kept.stats(p);
         const T* x = x_of(stage);
         const HeldGradient<T, V> dy = dy_of(stage);
-        if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, x, dy);
+        if (p.has(FUSED) && active) take_dz(p, slice, at, stats, true, x, dy);
         // Calls f(k, x, dy, weight) for this thread's packs of the row.
         const auto each = [&](auto f) {
 #pragma unroll
@@ -393,7 +393,7 @@ template <class T, int V, int C> __device__ void backward_sets(const Params& p) 
         const Stats<A> stats = load_stats<A>(p, at.set);
         const Affine<A, T> affine(p, at.first_param);
         copies_done();
-        if (p.has(FUSED) && active) take_upstream(p, slice, at, stats, true, held, dheld);
+        if (p.has(FUSED) && active) take_dz(p, slice, at, stats, true, held, dheld);
         A sums[2] = {};
         if (by_segment) {
             __syncthreads();

@@ -132,7 +132,7 @@ template <class T, int V, class A> struct HeldChunk {
         copies_batch();
         stats = load_stats<A>(p, chunk.set);
         copies_done();
-        if (p.has(FUSED)) take_upstream(p, slice, chunk, stats, write, x, dy);
+        if (p.has(FUSED)) take_dz(p, slice, chunk, stats, write, x, dy);
     }
     // Adds dy and dy * xhat of elements [from, to), `step` apart.
     __device__ void sum(u32 from, u32 to, u32 step, A (&sums)[2]) const {
@@ -238,7 +238,7 @@ template <class T, int V> __device__ void split_column_sums(const Params& p) {
         copies_done<1>();
         const T* x = x_of(stage);
         const HeldGradient<T, V> dy = dy_of(stage);
-        if (p.has(FUSED)) take_upstream(p, slice, at, stats, p.has(SUMS_WRITE), x, dy);
+        if (p.has(FUSED)) take_dz(p, slice, at, stats, p.has(SUMS_WRITE), x, dy);
         A sums[2] = {};
 #pragma unroll
         for (int k = 0; k < N; ++k) {

@@ -8,27 +8,28 @@ use candle_core::{CpuStorage, Result};
 use std::borrow::Cow;
 
 /// Which entry of weight and bias scales an element.
+#[allow(clippy::enum_variant_names)] // a span, not spans
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Form {
     /// The one of its span: a constant over `span` columns.
-    Spans(usize),
+    PerSpan(usize),
     /// The one of its column, of a run of several.
-    Columns,
+    PerColumn,
     /// The one of its row.
-    Rows,
+    PerRow,
 }
 
 impl Form {
     /// `any`: the op has a weight, a bias, or somebody wants the gradient of one.
     pub fn of(g: &Geometry, any: bool) -> Form {
         match g.weight_by {
-            geometry::WeightBy::Row => Form::Rows,
+            geometry::WeightBy::Row => Form::PerRow,
             geometry::WeightBy::Column { span: 1 } if !by_columns(g) && g.run > 1 => match any {
-                true => Form::Columns,
+                true => Form::PerColumn,
                 // Nothing to stream: a constant over the whole run.
-                false => Form::Spans(g.run),
+                false => Form::PerSpan(g.run),
             },
-            geometry::WeightBy::Column { span } => Form::Spans(span),
+            geometry::WeightBy::Column { span } => Form::PerSpan(span),
         }
     }
 }
@@ -52,7 +53,7 @@ impl<'a, A: Float> Affine<'a, A> {
         let (g, tokens, offset) = (&norm.geometry, norm.fusion.tokens, A::from64(norm.fusion.weight_offset));
         let form = Form::of(g, any);
         let len = match form {
-            Form::Spans(span) => g.width.checked_div(span).unwrap_or(0),
+            Form::PerSpan(span) => g.width.checked_div(span).unwrap_or(0),
             _ => norm.params(),
         };
         let given = weight.is_some();
@@ -62,7 +63,7 @@ impl<'a, A: Float> Affine<'a, A> {
             weight.to_mut().iter_mut().for_each(|w| *w += offset);
         }
         let mut bias = convert(bias)?;
-        if form != Form::Columns && bias.is_none() {
+        if form != Form::PerColumn && bias.is_none() {
             bias = Some(Cow::Owned(vec![A::ZERO; len]));
         }
         Ok(Self { form, weight, bias, tokens })

@@ -49,7 +49,7 @@ pub(super) fn backward<T: Stored>(
     let read = Call::<T>::new(level, call, params)?;
     match read.after.any() || read.x.gate.is_some() {
         true => run::<T, T::Acc>(&read, call),
-        false => run::<T, T::Walk>(&read, call),
+        false => run::<T, T::WalkedAs>(&read, call),
     }
 }
 
@@ -65,7 +65,7 @@ fn run<T: Stored, W: Walked<Acc = T::Acc>>(
     let plan = plan::BackwardPlan::new(g, read.affine.form, bytes::<W>(), asked);
     let new = |wanted: bool| wanted.then(|| Output::new(g, false));
     let mut out = Outputs {
-        dx: tensors.then(|| Output::new(g, plan::past_caches(g, size_of::<T>(), size_of::<T>()))),
+        dx: tensors.then(|| Output::new(g, plan::past_caches(g, size_of::<T>(), 3 * size_of::<T>()))),
         dskip: new(want.dskip && read.after.any()),
         dgate: new(tensors && read.x.gate.is_some() || want.dgate && read.after.behind.gate.is_some()),
     };
@@ -95,8 +95,8 @@ pub(super) fn gradient_sums<T: Stored>(level: Level, call: &Backward<CpuStorage>
     if !read.g.one_param_per_set() || read.g.outer > 1 {
         bail!("{}: gradient sums are for norms with a parameter per set", call.norm.name)
     }
-    let visit = plan::BackwardPlan::param_sums(read.g, bytes::<T::Walk>());
-    let [weight, bias] = read.sums::<T::Walk>(&visit, true).1;
+    let visit = plan::BackwardPlan::param_sums(read.g, bytes::<T::WalkedAs>());
+    let [weight, bias] = read.sums::<T::WalkedAs>(&visit, true).1;
     let both = [bias, weight].concat();
     // Without elements there are no parameters to be seen, but there may be sets.
     Ok(if both.is_empty() { vec![T::Acc::ZERO; 2 * read.g.sets()] } else { both })
@@ -119,11 +119,11 @@ pub(super) fn input_gradient<T: Stored>(
             Means { g: mean(sums[s]), dot: mean(sums[sets + s]) }
         })
         .collect();
-    let plan = plan::BackwardPlan::from_means(read.g, read.affine.form, bytes::<T::Walk>());
-    let mut dx = Some(Output::new(read.g, plan::past_caches(read.g, size_of::<T>(), size_of::<T>())));
+    let plan = plan::BackwardPlan::from_means(read.g, read.affine.form, bytes::<T::WalkedAs>());
+    let mut dx = Some(Output::new(read.g, plan::past_caches(read.g, size_of::<T>(), 3 * size_of::<T>())));
     if let Some(visit) = &plan.dx {
         let out = [dx.as_mut(), None, None];
-        read.visit::<T::Walk>(visit, MeansFrom::Given(&means), false, out);
+        read.visit::<T::WalkedAs>(visit, MeansFrom::Given(&means), false, out);
     }
     match dx {
         Some(dx) => Ok(written(dx)),
@@ -163,7 +163,7 @@ impl<'a, T: Stored> Call<'a, T> {
         let x = self.x.read::<W>(tile, scratch_x);
         let dy = match self.after.any() {
             false => self.dy.read::<W>(tile, scratch_dy),
-            true => self.after.upstream(self.dy, tile, [scratch_dy, scratch_z], out, |y| {
+            true => self.after.dz(self.dy, tile, [scratch_dy, scratch_z], out, |y| {
                 let stats = StatsFrom::Given(stats);
                 walks::forward(z, ForwardArgs { loops, g, eps, affine, x, tile, stats, y: Out::Tile(y) })
             }),
@@ -178,7 +178,7 @@ impl<'a, T: Stored> Call<'a, T> {
         asked: Asked,
         out: &mut Outputs<T>,
     ) -> Params<T::Acc> {
-        let spans = matches!(self.affine.form, Form::Spans(_));
+        let spans = matches!(self.affine.form, Form::PerSpan(_));
         let (mut means, mut params) = (vec![], None);
         if let Some(visit) = &plan.sums {
             let (all, sums) = self.sums::<W>(visit, asked.params && spans);
@@ -257,11 +257,11 @@ impl<'a, T: Stored> Call<'a, T> {
                 let [dx, dskip, dgate] = &mut out;
                 let [dx, dskip, dgate] = [part_of(dx, piece), part_of(dskip, piece), part_of(dgate, piece)];
                 let Scratch { x, dy, z, out } = scratch;
-                let (before, behind) = match &self.x.gate {
+                let (before, gradients_behind) = match &self.x.gate {
                     Some(gate) => (dgate.map(|dgate| (gate, dgate)), [dskip, None]),
                     None => (None, [dskip, dgate]),
                 };
-                let input = self.input::<W>(piece, affine, back_to_z, [x, dy, z], behind);
+                let input = self.input::<W>(piece, affine, back_to_z, [x, dy, z], gradients_behind);
                 let args = BackwardArgs { input, means, params: own, dx: None };
                 match (dx, before) {
                     (None, _) => walks::backward(visit.walk, args),

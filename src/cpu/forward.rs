@@ -46,9 +46,9 @@ fn with_residual<T: Stored, R: Element<Acc = T::Acc>>(
     let residual = call.residual.map(|r| elements::<R>(norm, &r)).transpose()?;
     let residual = residual.map(|x| Tensor { level, x, width: g.width });
     // z that scratch holds is not rounded before what follows it, nor is x times its gate.
-    let wide = !after.in_registers::<T::Walk>() || x.gate.is_some() || same::<T, R>(&[]).is_none();
+    let wide = !after.in_registers::<T::WalkedAs>() || x.gate.is_some() || same::<T, R>(&[]).is_none();
     let form = Form::of(g, call.weight.is_some() || call.bias.is_some());
-    let bytes = if wide { size_of::<T::Acc>() } else { size_of::<T::Walk>() };
+    let bytes = if wide { size_of::<T::Acc>() } else { size_of::<T::WalkedAs>() };
     let plan = plan::ForwardPlan::new(g, form, bytes, call.given.is_some());
     // Where tiles do not hold whole sets, x would be read before it is summed; tiles of several rows have gaps.
     let early = residual.filter(|_| plan.from == Origin::Given || g.rows > 1);
@@ -64,7 +64,7 @@ fn with_residual<T: Stored, R: Element<Acc = T::Acc>>(
         true => run::<T, R, T::Acc>(level, call, &plan, x, residual, after)?,
         // Only where both have one type, which the compiler is told: it makes no code for the others.
         false if const { size_of::<R>() == size_of::<T>() } => {
-            run::<T, R, T::Walk>(level, call, &plan, x, residual, after)?
+            run::<T, R, T::WalkedAs>(level, call, &plan, x, residual, after)?
         }
         false => unreachable!("a residual of another type is added in scratch"),
     };
@@ -78,7 +78,7 @@ fn add<T: Stored, R: Element<Acc = T::Acc>>(
     x: &Source<T>,
     residual: &[R],
 ) -> Vec<R> {
-    let visit = plan::ForwardPlan::new(g, Form::Spans(g.run), size_of::<R>(), true).y;
+    let visit = plan::ForwardPlan::new(g, Form::PerSpan(g.run), size_of::<R>(), true).y;
     let mut output = Output::new(g, false);
     let residual = Tensor { level, x: residual, width: g.width };
     let scratch = || (Scratch::new(), vec![]);
@@ -129,9 +129,9 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
 ) -> Result<Outcome<T>> {
     let (norm, g) = (&call.norm, &call.norm.geometry);
     let affine = Affine::new(norm, call.weight, call.bias, call.weight.is_some() || call.bias.is_some())?;
-    let mut stats = match (&call.given, &plan.sums) {
+    let mut stats = match (&call.given, &plan.statistics) {
         (Some(given), _) => Some(snapshot::<T::Acc>(given, g.sets())?),
-        (None, Some(sums)) => Some(cut_sets::<T, W>(level, g, x, sums)),
+        (None, Some(visit)) => Some(statistics_in_parts::<T, W>(level, g, x, visit)),
         (None, None) => (call.keep || call.running.is_some()).then(|| vec![T::Acc::ZERO; 3 * g.sets()]),
     };
     let mut from = match (plan.from, &mut stats) {
@@ -139,10 +139,11 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         (_, Some(stats)) => StatsFrom::to_keep(stats),
         (_, None) => StatsFrom::Tile(None),
     };
-    let [y, sum] = [size_of::<T>(), size_of::<R>()];
-    let mut output = Output::new(g, plan::past_caches(g, y, y));
-    // The sum is read again behind a layer or two: it gives way to the rest, y above all.
-    let mut sum = residual.map(|_| Output::new(g, plan::past_caches(g, sum, 2 * (y + sum))));
+    let [x_bytes, sum_bytes] = [size_of::<T>(), if residual.is_some() { size_of::<R>() } else { 0 }];
+    // Of x, the residual, and y. The sum is read again behind a layer or two: it gives way to them.
+    let mut output = Output::new(g, plan::past_caches(g, x_bytes, 2 * x_bytes + sum_bytes));
+    let mut sum =
+        residual.map(|_| Output::new(g, plan::past_caches(g, sum_bytes, 2 * (x_bytes + sum_bytes))));
     let mut sums = sum.as_mut().map(|sum| sum.tiles(&plan.y.cut));
     let work = output.tiles(&plan.y.cut).map(move |y| {
         let stats = from.next(y.tile().sets(g).len());
@@ -202,9 +203,9 @@ fn snapshot<A: Float>(given: &Given<CpuStorage>, sets: usize) -> Result<Vec<A>> 
 
 /// The input's statistics, `[3, sets]`.
 pub(super) fn statistics<T: Stored>(level: Level, norm: &Norm, x: &Arg<CpuStorage>) -> Result<Vec<T::Acc>> {
-    let visit = plan::ForwardPlan::statistics(&norm.geometry, size_of::<T::Walk>());
+    let visit = plan::ForwardPlan::statistics(&norm.geometry, size_of::<T::WalkedAs>());
     let x = source::<T>(level, norm, x, &None)?;
-    Ok(cut_sets::<T, T::Walk>(level, &norm.geometry, x, &visit))
+    Ok(statistics_in_parts::<T, T::WalkedAs>(level, &norm.geometry, x, &visit))
 }
 
 /// The elements of a contiguous argument of x's shape.
@@ -221,7 +222,7 @@ fn strided<'a, T: Element>(norm: &Norm, x: &Arg<'a, CpuStorage>) -> Result<&'a [
 }
 
 /// Statistics of sets that are cut, or may be.
-fn cut_sets<T: Stored, W: Walked<Acc = T::Acc>>(
+fn statistics_in_parts<T: Stored, W: Walked<Acc = T::Acc>>(
     level: Level,
     g: &Geometry,
     x: Source<T>,

@@ -16,13 +16,13 @@
 //! | plan | which walks run, over which tiles | `plan.rs` |
 //! | cut, tile | how a tensor is shared out; a rectangle of it, which one thread works on | `tile.rs` |
 //! | walk | the way through a tile: `Runs`, `Sets`, `Rows` or `Columns` | `walks/` |
-//! | panel | what is summed in the accumulation type before it goes on in f64; stays in the first-level cache | `element.rs` |
-//! | block | rows of elements that a loop reads or writes: the door for all elements | `view.rs` |
+//! | panel | what is summed in the accumulation type before it goes on in f64; a cache keeps it | `element.rs` |
+//! | strided | rows of elements that a loop reads, a stride apart (`Strided`), or writes (`To`): the door for all elements | `view.rs` |
 //! | loop | what runs in vectors; compiled once a level and type, and called through a table | `loops/` |
 //! | level | the vector instructions of this machine | `simd_level.rs` |
 //! | line, behind | what makes z of x; what is done to z on its way into y: skip, activation, gate | `loops/finish.rs` |
 //!
-//! And of numbers: a *pivot* is a set's first element, which is subtracted before anything is summed; a mean is the sum of
+//! A *visit* is one pass over all tiles. Of numbers: a *pivot* is a set's first element, which is subtracted before anything is summed; a mean is the sum of
 //! a *high* and a *low* (`moments.rs`); g is `dy * weight`. A tile with something around its norm is *staged*: copied to a
 //! thread's scratch, a *piece* (some of its sets) at a time, and there worked on in *strips* (`staging.rs`).
 //!
@@ -99,12 +99,12 @@ impl crate::kernels::Kernels for CpuStorage {
         let rows = g.rows == 1 && g.run == g.width && g.width > 1;
         let samples = |tokens: usize| rows && tokens > 0 && g.outer.is_multiple_of(tokens);
         let blocks = g.rows == 1 || norm.x_blocks.is_none();
-        let behind = fusion.activation.is_some() && fusion.gate == Some(Gate::After);
+        let one = fusion.activation.is_none() || fusion.gate != Some(Gate::After);
         // Of another dtype: an f32 stream under half types, of whole sets.
         let half = x.size_in_bytes() == 2;
         let stream =
             |r| r == x || r == DType::F32 && half && g.rows == 1 && tile::Cut::new(g, 4).whole_sets();
-        fusion.tokens.is_none_or(samples) && blocks && !behind && fusion.residual.is_none_or(stream)
+        fusion.tokens.is_none_or(samples) && blocks && one && fusion.residual.is_none_or(stream)
     }
 
     fn wrap(self) -> Storage {

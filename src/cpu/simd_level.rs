@@ -84,11 +84,15 @@ impl Level {
     }
 
     /// Whether it finishes in registers.
-    pub fn finishes(self) -> bool {
+    pub fn finishes_in_registers(self) -> bool {
         #[cfg(target_arch = "x86_64")]
-        return self.choose([Portable::FINISHES, Avx2::FINISHES, Avx512::FINISHES]);
+        return self.choose([
+            Portable::FINISHES_IN_REGISTERS,
+            Avx2::FINISHES_IN_REGISTERS,
+            Avx512::FINISHES_IN_REGISTERS,
+        ]);
         #[cfg(not(target_arch = "x86_64"))]
-        Portable::FINISHES
+        Portable::FINISHES_IN_REGISTERS
     }
 
     /// This level's of three.

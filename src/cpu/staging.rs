@@ -9,7 +9,7 @@ use super::element::{Element, Float};
 use super::loops::{Behind, Conversions, Finishes, Line, Stored, Walked, Wide};
 use super::simd_level::Level;
 use super::tile::Tile;
-use super::view::{same, same_mut, Block, InTile, OutTile};
+use super::view::{same, same_mut, InTile, OutTile, Strided};
 use super::walk_args::{Finish, Out, Place};
 use crate::geometry::Geometry;
 use crate::request::Blocks;
@@ -216,7 +216,7 @@ impl<'a, T: Stored> Source<'a, T> {
                 None => {
                     let wide = room(wide, n);
                     Conversions::<T>::of(level).widen(x.whole(), wide);
-                    Block::row_of(wide)
+                    Strided::row_of(wide)
                 }
             };
             let residual = residual.tile(&strip).whole();
@@ -240,7 +240,7 @@ impl<'a, T: Stored> Source<'a, T> {
             return InTile::alone(added, tile);
         }
         let wide = room(&mut scratch.wide, added.len());
-        Conversions::<R>::of(self.tensor.level).widen(Block::row_of(added), wide);
+        Conversions::<R>::of(self.tensor.level).widen(Strided::row_of(added), wide);
         staged(wide, tile)
     }
 
@@ -281,7 +281,7 @@ impl<'a, T: Stored> After<'a, T> {
 
     /// Whether walks over `W` leave z in registers, not in scratch.
     pub fn in_registers<W: 'static>(&self) -> bool {
-        !self.any() || same::<T::Walk, W>(&[]).is_some() && self.behind.in_registers::<T::Acc>(self.level)
+        !self.any() || same::<T::WalkedAs, W>(&[]).is_some() && self.behind.in_registers::<T::Acc>(self.level)
     }
 
     /// Whether walks over `W` write scratch.
@@ -318,7 +318,7 @@ impl<'a, T: Stored> After<'a, T> {
 
     /// The gradient of z, as a walk over `W` reads it, from that of y; `walk` writes z before its skip. Writes the
     /// gradients of skip and gate.
-    pub fn upstream<'s, W: Walked<Acc = T::Acc>>(
+    pub fn dz<'s, W: Walked<Acc = T::Acc>>(
         &self,
         dy: Tensor<'_, T>,
         tile: &'s Tile,
@@ -339,14 +339,14 @@ impl<'a, T: Stored> After<'a, T> {
             if let Some(gate) = &self.behind.gate {
                 fused.gate_gradient(z, gate.strip(&strip, other), dy);
                 if let Some(dgate) = &mut dgate {
-                    conversions.narrow(Block::row_of(z), dgate.part(&strip).whole());
+                    conversions.narrow(Strided::row_of(z), dgate.part(&strip).whole());
                 }
             }
             if let Some(activation) = self.behind.activation {
                 fused.slope(z, activation, dy);
             }
             if let Some(dskip) = &mut dskip {
-                conversions.narrow(Block::row_of(dy), dskip.part(&strip).whole());
+                conversions.narrow(Strided::row_of(dy), dskip.part(&strip).whole());
             }
         }
         staged(wide, tile)
@@ -365,8 +365,10 @@ impl<T: Stored, W: Walked<Acc = T::Acc>> Finish<W> for Finished<'_, T> {
         self.y.stride()
     }
 
-    fn write(&mut self, Place { at, stride }: Place, x: Block<W>, line: &Line<T::Acc>) {
-        let Some(x) = x.same::<T::Walk>() else { unreachable!("finished in another type than is walked") };
+    fn write(&mut self, Place { at, stride }: Place, x: Strided<W>, line: &Line<T::Acc>) {
+        let Some(x) = x.same::<T::WalkedAs>() else {
+            unreachable!("finished in another type than is walked")
+        };
         let behind = self.behind.map(|tile| tile.block(at, stride, x.rows, x.n));
         let y = self.y.block(at, stride, x.rows, x.n);
         Finishes::<T>::of(self.level).finish_line(x, y, line, behind)
@@ -386,7 +388,7 @@ pub(super) fn write<T: Stored, W: Walked<Acc = T::Acc>>(
     let tile = y.tile().clone();
     let wide = room(wide, tile.rows.len() * tile.columns.len());
     walk_into(wide, &tile, walk);
-    let block = Block::new(wide, tile.columns.len(), tile.rows.len(), tile.columns.len());
+    let block = Strided::new(wide, tile.columns.len(), tile.rows.len(), tile.columns.len());
     Conversions::<T>::of(level).narrow(block, y.whole());
 }
 
@@ -416,7 +418,7 @@ pub(super) fn gated_gradient<T: Stored, W: Walked<Acc = T::Acc>>(
         conversions.widen(x.raw(&strip, gathered).whole(), x_strip);
         gate.widen(&strip, gate_strip);
         T::Acc::fused(level).gate_gradient(x_strip, gate_strip, &mut wide[at..at + n]);
-        conversions.narrow(Block::row_of(x_strip), dgate.part(&strip).whole());
-        conversions.narrow(Block::row_of(&wide[at..at + n]), dx.part(&strip).whole());
+        conversions.narrow(Strided::row_of(x_strip), dgate.part(&strip).whole());
+        conversions.narrow(Strided::row_of(&wide[at..at + n]), dx.part(&strip).whole());
     }
 }

@@ -13,8 +13,8 @@ const SMALLER: usize = if cfg!(miri) { 256 } else { 1 };
 /// Bytes of input in a tile: enough for a thread to forget the cost of fetching work, few enough for
 /// the second-level cache to hold what is read twice, and written.
 const TILE_BYTES: usize = (256 << 10) / SMALLER;
-/// Sets above this are summed in one sweep and normalized in another.
-const WHOLE_SET_BYTES: usize = (512 << 10) / SMALLER;
+/// Sets above `TILE_BYTES` are summed in one sweep and normalized in another; above this where a block has many.
+const WHOLE_SET_OF_MANY_BYTES: usize = (512 << 10) / SMALLER;
 /// Below this, all is done in one tile, on the calling thread: handing work over costs microseconds.
 const SERIAL_BYTES: usize = (64 << 10) / SMALLER;
 /// Tiles wanted at least from a tensor above `SERIAL_BYTES`, for threads to share.
@@ -24,7 +24,7 @@ const TALL: usize = 64;
 /// Rows that repay the merging of a column's pieces.
 const MERGED_ROWS: usize = 256;
 /// Columns that are walked side by side where sets are columns: full cache lines, full vectors.
-const SIDE_BY_SIDE: usize = 64;
+const COLUMNS_ABREAST: usize = 64;
 
 /// Shorter runs are all tail of a vector; where a set has many rows, these repay the merging of columns.
 const SHORT_RUN: usize = 16;
@@ -73,7 +73,7 @@ struct MinTile {
 
 impl MinTile {
     fn of(g: &Geometry) -> MinTile {
-        let (side_by_side, width) = (SIDE_BY_SIDE / g.run.max(1) * g.run, g.width);
+        let (side_by_side, width) = (COLUMNS_ABREAST / g.run.max(1) * g.run, g.width);
         if !by_columns(g) {
             return MinTile { columns: g.run, across: g.sets_per_outer() };
         }
@@ -89,7 +89,7 @@ impl MinTile {
     fn whole(&self, g: &Geometry, bytes: usize) -> bool {
         let size = g.rows * self.columns * bytes;
         let many = self.across >= MIN_TILES / 2 || g.weight_by == WeightBy::Row;
-        size < TILE_BYTES || size <= WHOLE_SET_BYTES && many
+        size < TILE_BYTES || size <= WHOLE_SET_OF_MANY_BYTES && many
     }
 }
 
@@ -161,7 +161,7 @@ impl Cut {
     fn split(&mut self, target: usize) {
         let g = self.g;
         if by_columns(&g) {
-            let columns = (target / MERGED_ROWS).max(SIDE_BY_SIDE) / g.run * g.run;
+            let columns = (target / MERGED_ROWS).max(COLUMNS_ABREAST) / g.run * g.run;
             self.sets = even(self.sets, columns / g.run);
             // Columns that are sets of their own may be few or many: the rows do not follow them.
             let columns = if g.weight_by == WeightBy::Row { columns } else { self.sets * g.run };
@@ -255,7 +255,7 @@ impl Cut {
     }
 }
 
-/// Piece `i` of `count` units of `unit` elements: `step` elements of one unit, or `units` whole ones.
+/// Part `i` of `count` units of `unit` elements: `step` elements of one unit, or `units` whole ones.
 fn part(i: usize, step: usize, unit: usize, units: usize, count: usize) -> Range<usize> {
     if step < unit {
         let per_unit = unit.div_ceil(step);

@@ -1,4 +1,4 @@
-//! The one door for elements: what loops read (`Block`) and write (`To`), and the tiles they are cut from.
+//! The one door for elements: what loops read (`Strided`) and write (`To`), and the tiles they are cut from.
 //!
 //! Apart, because memory that many threads write before it counts as initialized takes unsafe code, and
 //! because all that a fusion changes is what stands behind a tile: the tensor itself, or a thread's scratch.
@@ -23,14 +23,14 @@ pub(super) fn same_mut<T: 'static, W: 'static>(x: &mut [T]) -> Option<&mut [W]> 
 
 /// `rows` rows of `n` elements to be read, `stride` apart; all of them lie in `x`.
 #[derive(Clone, Copy)]
-pub(super) struct Block<'a, T> {
+pub(super) struct Strided<'a, T> {
     x: &'a [T],
     stride: usize,
     pub rows: usize,
     pub n: usize,
 }
 
-impl<'a, T: Copy> Block<'a, T> {
+impl<'a, T: Copy> Strided<'a, T> {
     pub fn new(x: &'a [T], stride: usize, rows: usize, n: usize) -> Self {
         assert!(rows == 0 || (rows - 1) * stride + n <= x.len());
         Self { x, stride, rows, n }
@@ -42,11 +42,11 @@ impl<'a, T: Copy> Block<'a, T> {
     }
 
     /// The same block, where `W` is `T`.
-    pub fn same<W: 'static>(&self) -> Option<Block<'a, W>>
+    pub fn same<W: 'static>(&self) -> Option<Strided<'a, W>>
     where
         T: 'static,
     {
-        Some(Block { x: same::<T, W>(self.x)?, stride: self.stride, rows: self.rows, n: self.n })
+        Some(Strided { x: same::<T, W>(self.x)?, stride: self.stride, rows: self.rows, n: self.n })
     }
 
     /// Where row `r` starts.
@@ -129,8 +129,8 @@ impl<'a, T: Copy> InTile<'a, T> {
     }
 
     /// All of it.
-    pub fn whole(&self) -> Block<'a, T> {
-        Block::new(self.x, self.stride, self.tile.rows.len(), self.tile.columns.len())
+    pub fn whole(&self) -> Strided<'a, T> {
+        Strided::new(self.x, self.stride, self.tile.rows.len(), self.tile.columns.len())
     }
 
     /// Elements between two rows.
@@ -150,8 +150,8 @@ impl<'a, T: Copy> InTile<'a, T> {
 
     /// `rows` times `n` elements from a place on, `stride` apart.
     #[inline(always)]
-    pub fn block(&self, [row, column]: [usize; 2], stride: usize, rows: usize, n: usize) -> Block<'a, T> {
-        Block::new(&self.x[self.place(row, column)..], stride, rows, n)
+    pub fn block(&self, [row, column]: [usize; 2], stride: usize, rows: usize, n: usize) -> Strided<'a, T> {
+        Strided::new(&self.x[self.place(row, column)..], stride, rows, n)
     }
 }
 

@@ -6,7 +6,7 @@ use super::element::{Element, Float, PANEL};
 use super::loops::{Line, Loops, Walked};
 use super::moments::{Moments, Stat, Stats, StatsFrom};
 use super::tile::Tile;
-use super::view::{Block, InTile, OutTile};
+use super::view::{InTile, OutTile, Strided};
 use crate::geometry::Geometry;
 use std::ops::Range;
 
@@ -53,7 +53,7 @@ pub(super) trait Finish<T: Walked> {
     fn stride(&self) -> usize;
 
     /// Writes what becomes of a block of x.
-    fn write(&mut self, to: Place, x: Block<T>, line: &Line<T::Acc>);
+    fn write(&mut self, to: Place, x: Strided<T>, line: &Line<T::Acc>);
 }
 
 impl<T: Walked> Out<'_, T> {
@@ -66,13 +66,13 @@ impl<T: Walked> Out<'_, T> {
 
     /// Writes what `line` makes of a block of x.
     #[inline(always)]
-    pub fn write(&mut self, loops: &Loops<T>, to: Place, x: Block<T>, line: Line<T::Acc>) {
+    pub fn write(&mut self, loops: &Loops<T>, to: Place, x: Strided<T>, line: Line<T::Acc>) {
         let y = match self {
             Out::Tile(y) => y.block(to.at, to.stride, x.rows, x.n),
             Out::Finished(y) => return y.write(to, x, &line),
         };
         match line {
-            Line::Runs { run, constants, ahead } => loops.scale_runs(x, y, run, constants, ahead),
+            Line::Spans { span, constants, ahead } => loops.scale_spans(x, y, span, constants, ahead),
             Line::Columns { weight, bias, constants, ahead } => {
                 loops.scale_columns(x, y, weight, bias, constants, ahead)
             }
@@ -148,7 +148,7 @@ pub(super) fn parts<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item =
 }
 
 impl Part {
-    pub fn block<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Block<'a, T> {
+    pub fn block<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Strided<'a, T> {
         x.block([self.rows.start, self.columns.start], x.stride(), self.rows.len(), self.columns.len())
     }
 

@@ -145,7 +145,9 @@ fn fuses(norm: &Norm, x: DType) -> bool {
     let blocks = norm.x_blocks.is_none() || g.rows == 1 && g.weight_by != WeightBy::Row;
     let gate = norm.fusion.gate != Some(Gate::Before)
         || Element::new(norm.name, x).is_ok_and(|element| plan::takes_gate_before(norm, element));
-    residual && tokens && blocks && gate
+    // The kernels would do the gate first, candle's operations the activation.
+    let one = norm.fusion.activation.is_none() || norm.fusion.gate != Some(Gate::After);
+    residual && tokens && blocks && gate && one
 }
 
 /// Addresses of a call's arguments, as far as they are known before anything is allocated.
@@ -335,7 +337,7 @@ fn run_backward<M: Machine>(machine: &M, call: Backward<M::Storage>) -> Result<G
         dbias: want.dbias.is_some(),
         as_x: [want.dweight, want.dbias].into_iter().flatten().all(|d| d == machine.dtype(call.x.storage)),
         fixed: call.fixed,
-        upstream: want.dskip || want.dgate,
+        around: want.dskip || want.dgate,
     };
     let plan = plan::backward(&bound.request(norm), machine.properties(), &needs)?;
     run(machine, &plan, &bound.at)?;

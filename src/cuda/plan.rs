@@ -139,7 +139,7 @@ pub(crate) struct BackwardNeeds {
     /// The statistics did not depend on x.
     pub fixed: bool,
     /// The gradient of a skip or of a gate.
-    pub upstream: bool,
+    pub around: bool,
 }
 
 impl BackwardNeeds {

@@ -8,7 +8,7 @@ use super::get;
 use super::sums::splat;
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
-use crate::cpu::view::Block;
+use crate::cpu::view::Strided;
 
 /// Rows of a panel.
 const PANEL_ROWS: usize = 64;
@@ -46,7 +46,7 @@ fn of_vector(k: usize, w: usize, n: usize) -> usize {
 #[inline(always)]
 pub(super) fn moments<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     pivot: Option<&[T::Acc]>,
     offset: &mut [f64],
     m2: &mut [f64],
@@ -71,7 +71,7 @@ pub(super) fn moments<S: Simd, T: Element>(
 #[inline(always)]
 fn panel_moments<S: Simd, T: Element, const K: usize>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     [from, n]: [usize; 2],
     pivot: Option<&[T::Acc]>,
 ) -> [[T::Acc; WIDEST]; 2] {
@@ -121,8 +121,8 @@ fn spilled<S: Simd, T: Element, const K: usize>(v: [V<S, T>; K]) -> [T::Acc; WID
 #[inline(always)]
 pub(super) fn dots<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     weight: Option<&[T::Acc]>,
     high: &[T::Acc],
     g: &mut [f64],
@@ -146,7 +146,7 @@ pub(super) fn dots<S: Simd, T: Element>(
 #[inline(always)]
 fn panel_dots<S: Simd, T: Element, const K: usize>(
     s: S,
-    [x, dy]: [Block<T>; 2],
+    [x, dy]: [Strided<T>; 2],
     [from, n]: [usize; 2],
     weight: Option<&[T::Acc]>,
     high: &[T::Acc],

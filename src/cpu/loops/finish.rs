@@ -11,15 +11,15 @@ use super::{each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
 use crate::cpu::vector::{Simd, Vector};
-use crate::cpu::view::{Block, To};
+use crate::cpu::view::{Strided, To};
 use crate::fusion::Activation;
 
 /// What makes z of x.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) enum Line<'a, A> {
-    /// `(x - high) * scale + bias` by runs of `run` columns: `[high, scale, bias]` of every run of a row, or of every
-    /// run of every row.
-    Runs { run: usize, constants: &'a [[A; 3]], ahead: usize },
+    /// `(x - high) * scale + bias` by spans of `span` columns: `[high, scale, bias]` of every span of a row, or of every
+    /// span of every row.
+    Spans { span: usize, constants: &'a [[A; 3]], ahead: usize },
     /// `((x - high) * rstd + shift) * weight + bias` by columns: `[high, rstd, shift]` of all rows, or of every row.
     Columns { weight: &'a [A], bias: Option<&'a [A]>, constants: &'a [[A; 3]], ahead: usize },
     /// `(x - high) * scale + bias`, `[high, scale, bias]` of every column; then that times the row's weight, plus its
@@ -67,11 +67,11 @@ impl<B: Copy> Behind<B> {
 
     /// Whether `finish_line` has it, at a level, for elements that are computed with in `A`.
     pub fn in_registers<A: Float>(&self, level: Level) -> bool {
-        size_of::<A>() == size_of::<f32>() && level.finishes() && self.kind() != OTHER
+        size_of::<A>() == size_of::<f32>() && level.finishes_in_registers() && self.kind() != OTHER
     }
 }
 
-impl<T: Element> Behind<Block<'_, T>> {
+impl<T: Element> Behind<Strided<'_, T>> {
     /// Row `r` of blocks of `rows` times `n` elements.
     #[inline(always)]
     fn row(&self, r: usize, [rows, n]: [usize; 2]) -> Behind<*const T> {
@@ -129,7 +129,12 @@ impl<T: Element> Behind<*const T> {
 }
 
 #[inline(always)]
-pub(super) fn finish<S: Simd, T: Element>(s: S, z: Block<T::Acc>, mut y: To<T>, behind: Behind<Block<T>>) {
+pub(super) fn finish<S: Simd, T: Element>(
+    s: S,
+    z: Strided<T::Acc>,
+    mut y: To<T>,
+    behind: Behind<Strided<T>>,
+) {
     let (w, n) = (V::<S, T>::W, z.n);
     assert!(y.n == n && y.rows == z.rows);
     for r in 0..z.rows {
@@ -150,12 +155,12 @@ pub(super) fn finish<S: Simd, T: Element>(s: S, z: Block<T::Acc>, mut y: To<T>, 
 #[inline(always)]
 pub(super) fn finish_line<S: Simd, T: Stored>(
     s: S,
-    x: Block<T::Walk>,
+    x: Strided<T::WalkedAs>,
     y: To<T>,
     line: &Line<T::Acc>,
-    behind: Behind<Block<T>>,
+    behind: Behind<Strided<T>>,
 ) {
-    if const { S::FINISHES && size_of::<T::Acc>() == size_of::<f32>() } {
+    if const { S::FINISHES_IN_REGISTERS && size_of::<T::Acc>() == size_of::<f32>() } {
         return of_any::<S, T>(s, x, y, line, behind);
     }
     unreachable!("finished in registers where there is nothing that does")
@@ -164,10 +169,10 @@ pub(super) fn finish_line<S: Simd, T: Stored>(
 #[inline(always)]
 fn of_any<S: Simd, T: Stored>(
     s: S,
-    x: Block<T::Walk>,
+    x: Strided<T::WalkedAs>,
     y: To<T>,
     line: &Line<T::Acc>,
-    behind: Behind<Block<T>>,
+    behind: Behind<Strided<T>>,
 ) {
     match behind.kind() {
         SKIP => of_kind::<S, T, SKIP>(s, x, y, line, behind),
@@ -182,27 +187,27 @@ fn of_any<S: Simd, T: Stored>(
 #[inline(always)]
 fn of_kind<S: Simd, T: Stored, const KIND: u8>(
     s: S,
-    x: Block<T::Walk>,
+    x: Strided<T::WalkedAs>,
     mut y: To<T>,
     line: &Line<T::Acc>,
-    behind: Behind<Block<T>>,
+    behind: Behind<Strided<T>>,
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
         let (p, to, row) = (x.row(r), y.row(r), behind.row(r, [x.rows, n]));
         match *line {
-            Line::Runs { run, constants, ahead } => {
-                let runs = n / run;
-                assert!(runs * run == n);
-                for (i, c) in of_row(constants, runs, r).iter().enumerate() {
-                    let ([high, scale, bias], from) = (splats::<S, T, _>(s, c), i * run);
+            Line::Spans { span, constants, ahead } => {
+                let spans = n / span;
+                assert!(spans * span == n);
+                for (i, c) in of_row(constants, spans, r).iter().enumerate() {
+                    let ([high, scale, bias], from) = (splats::<S, T, _>(s, c), i * span);
                     let (p, to, row) = (p.wrapping_add(from), to.wrapping_add(from), row.from(from));
                     let past = y.past(to);
-                    // SAFETY: the runs lie within the blocks' rows, by the assertions.
+                    // SAFETY: the spans lie within the blocks' rows, by the assertions.
                     unsafe {
-                        each_vector!(w, run, |at, k| {
-                            let z = (get::<S, T::Walk>(s, p.add(at), k) - high).fma(scale, bias);
+                        each_vector!(w, span, |at, k| {
+                            let z = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(scale, bias);
                             put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
                             s.prefetch(p.wrapping_add(at + ahead));
                         })
@@ -219,7 +224,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                 // SAFETY: all places are below `n`, which all have; `none` has those of a vector.
                 unsafe {
                     each_vector!(w, n, |at, k| {
-                        let xhat = (get::<S, T::Walk>(s, p.add(at), k) - high).fma(rstd, shift);
+                        let xhat = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(rstd, shift);
                         let weight = get::<S, T::Acc>(s, weight.add(at), k);
                         let z = xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at * step), k));
                         put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
@@ -238,7 +243,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                 // SAFETY: all places are below `n`, which all have.
                 unsafe {
                     each_vector!(w, n, |at, k| {
-                        let d = get::<S, T::Walk>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                        let d = get::<S, T::WalkedAs>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                         let scale = get::<S, T::Acc>(s, scale.add(at), k);
                         let z = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k)).fma(row_weight, row_bias);
                         put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);

@@ -9,7 +9,7 @@ use super::sums::{splat, starts};
 use super::{each_vector, get, pairwise, put};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
-use crate::cpu::view::{Block, To};
+use crate::cpu::view::{Strided, To};
 use crate::fusion::Activation;
 
 /// The constants of row `r`, where `per_row` belong to each: all of them where there are no more.
@@ -22,27 +22,27 @@ pub(super) fn of_row<C>(constants: &[C], per_row: usize, r: usize) -> &[C] {
 }
 
 #[inline(always)]
-pub(super) fn scale_runs<S: Simd, T: Element>(
+pub(super) fn scale_spans<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     mut y: To<T>,
-    run: usize,
+    span: usize,
     constants: &[[T::Acc; 3]],
     ahead: usize,
 ) {
     let w = V::<S, T>::W;
-    let runs = x.n / run;
-    assert!(y.n == x.n && y.rows == x.rows && runs * run == x.n);
+    let spans = x.n / span;
+    assert!(y.n == x.n && y.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
         let (mut x, mut y_row) = (x.row(r), y.row(r));
-        for c in of_row(constants, runs, r) {
+        for c in of_row(constants, spans, r) {
             let [high, scale, bias] = c.map(|c| splat::<S, T>(s, c));
             let past = y.past(y_row);
-            // SAFETY: the runs lie within the blocks' rows, by the assertion.
+            // SAFETY: the spans lie within the blocks' rows, by the assertion.
             unsafe {
                 pairwise!(
                     w,
-                    run,
+                    span,
                     |at| {
                         let p = x.add(at);
                         let [a, b] = T::load_pair(s, p);
@@ -57,7 +57,7 @@ pub(super) fn scale_runs<S: Simd, T: Element>(
                         s.prefetch(x.wrapping_add(at + ahead));
                     }
                 );
-                (x, y_row) = (x.add(run), y_row.add(run));
+                (x, y_row) = (x.add(span), y_row.add(span));
             }
         }
     }
@@ -66,7 +66,7 @@ pub(super) fn scale_runs<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn scale_columns<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     mut y: To<T>,
     weight: &[T::Acc],
     bias: Option<&[T::Acc]>,
@@ -106,7 +106,7 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn scale_each<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     mut y: To<T>,
     constants: [&[T::Acc]; 3],
     rows: Option<[&[T::Acc]; 2]>,
@@ -141,28 +141,28 @@ pub(super) fn scale_each<S: Simd, T: Element>(
 }
 
 #[inline(always)]
-pub(super) fn gradient_runs<S: Simd, T: Element>(
+pub(super) fn gradient_spans<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     mut dx: To<T>,
-    run: usize,
+    span: usize,
     constants: &[[T::Acc; 4]],
     ahead: usize,
 ) {
     let w = V::<S, T>::W;
-    let runs = x.n / run;
-    assert!(dy.n == x.n && dy.rows == x.rows && dx.n == x.n && dx.rows == x.rows && runs * run == x.n);
+    let spans = x.n / span;
+    assert!(dy.n == x.n && dy.rows == x.rows && dx.n == x.n && dx.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
         let (mut x, mut dy, mut dx_row) = (x.row(r), dy.row(r), dx.row(r));
-        for c in of_row(constants, runs, r) {
+        for c in of_row(constants, spans, r) {
             let [high, x_scale, shift, weight] = c.map(|c| splat::<S, T>(s, c));
             let past = dx.past(dx_row);
-            // SAFETY: the runs lie within the blocks' rows, by the assertion.
+            // SAFETY: the spans lie within the blocks' rows, by the assertion.
             unsafe {
                 pairwise!(
                     w,
-                    run,
+                    span,
                     |at| {
                         let (px, pdy) = (x.add(at), dy.add(at));
                         let ([xa, xb], [a, b]) = (T::load_pair(s, px), T::load_pair(s, pdy));
@@ -180,7 +180,7 @@ pub(super) fn gradient_runs<S: Simd, T: Element>(
                         put::<S, T>(dy.fma(weight, line), dx_row.add(at), k, past);
                     }
                 );
-                (x, dy, dx_row) = (x.add(run), dy.add(run), dx_row.add(run));
+                (x, dy, dx_row) = (x.add(span), dy.add(span), dx_row.add(span));
             }
         }
     }
@@ -189,8 +189,8 @@ pub(super) fn gradient_runs<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn gradient_columns<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     mut dx: To<T>,
     weight: &[T::Acc],
     constants: &[[T::Acc; 4]],
@@ -220,8 +220,8 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn gradient_each<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     mut dx: To<T>,
     constants: [&[T::Acc]; 4],
     weight: Option<&[T::Acc]>,
@@ -249,7 +249,7 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
 }
 
 #[inline(always)]
-pub(super) fn widen<S: Simd, T: Element>(s: S, x: Block<T>, y: &mut [T::Acc]) {
+pub(super) fn widen<S: Simd, T: Element>(s: S, x: Strided<T>, y: &mut [T::Acc]) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.len() >= x.rows * n);
     for r in 0..x.rows {
@@ -265,7 +265,7 @@ pub(super) fn widen<S: Simd, T: Element>(s: S, x: Block<T>, y: &mut [T::Acc]) {
 }
 
 #[inline(always)]
-pub(super) fn gated<S: Simd, T: Element>(s: S, x: Block<T>, gate: Block<T>, y: &mut [T::Acc]) {
+pub(super) fn gated<S: Simd, T: Element>(s: S, x: Strided<T>, gate: Strided<T>, y: &mut [T::Acc]) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(gate.n == n && gate.rows == x.rows && y.len() >= x.rows * n);
     for r in 0..x.rows {
@@ -282,7 +282,7 @@ pub(super) fn gated<S: Simd, T: Element>(s: S, x: Block<T>, gate: Block<T>, y: &
 }
 
 #[inline(always)]
-pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Block<T::Acc>, mut y: To<T>) {
+pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Strided<T::Acc>, mut y: To<T>) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
@@ -298,7 +298,7 @@ pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Block<T::Acc>, mut y: To<T>) 
 }
 
 #[inline(always)]
-pub(super) fn add<S: Simd, T: Element>(s: S, x: Block<T::Acc>, b: Block<T>, mut y: To<T>, z: &mut [T]) {
+pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T::Acc>, b: Strided<T>, mut y: To<T>, z: &mut [T]) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(b.n == n && b.rows == x.rows && y.n == n && y.rows == x.rows && z.len() >= x.rows * n);
     for r in 0..x.rows {

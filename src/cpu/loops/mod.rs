@@ -22,7 +22,7 @@ use super::simd_level::Level;
 #[cfg(target_arch = "x86_64")]
 use super::vector::{Avx2, Avx512};
 use super::vector::{Portable, Simd, Vector};
-use super::view::{Block, To};
+use super::view::{Strided, To};
 use crate::fusion::Activation;
 use half::{bf16, f16};
 
@@ -116,58 +116,58 @@ table! {
     /// Loops over elements of a type that kernels walk.
     Loops<T: Element> {
         /// Mean of a block, as an offset from `pivot` where it is centred, and the squared distances from it.
-        moments = sums::moments, (x: Block<T>, pivot: Option<T::Acc>) -> (Stat<T::Acc>, T::Acc);
+        moments = sums::moments, (x: Strided<T>, pivot: Option<T::Acc>) -> (Stat<T::Acc>, T::Acc);
         /// Statistics of every row, which is short.
-        short_moments = sums::short_moments, (x: Block<T>, center: bool, stats: &mut [Stat<T::Acc>]);
+        short_moments = sums::short_moments, (x: Strided<T>, center: bool, stats: &mut [Stat<T::Acc>]);
         /// Adds to the lanes of every run of the rows `x - base`, or its square.
         run_sums = sums::run_sums,
-            (x: Block<T>, run: usize, base: &[T::Acc], squares: bool, lanes: &mut [T::Acc]);
+            (x: Strided<T>, run: usize, base: &[T::Acc], squares: bool, lanes: &mut [T::Acc]);
         /// The sums of lanes.
         fold = sums::fold, (lanes: &[T::Acc], sums: &mut [T::Acc]);
         /// Sums of `g = dy * weight` and `g * (x - high)` of a block, with weights by column.
         dots = sums::dots,
-            (x: Block<T>, dy: Block<T>, weight: Option<&[T::Acc]>, high: T::Acc) -> [T::Acc; 2];
+            (x: Strided<T>, dy: Strided<T>, weight: Option<&[T::Acc]>, high: T::Acc) -> [T::Acc; 2];
         /// The same of every row, which is short.
         short_dots = sums::short_dots,
-            (x: Block<T>, dy: Block<T>, weight: &[T::Acc], high: &[T::Acc], sums: &mut [[T::Acc; 2]]);
-        /// Adds `dy` and `dy * (x - high)` to the lanes of every run of the rows.
-        run_dots = sums::run_dots,
-            (x: Block<T>, dy: Block<T>, run: usize, high: &[T::Acc], g: &mut [T::Acc], gx: &mut [T::Acc]);
+            (x: Strided<T>, dy: Strided<T>, weight: &[T::Acc], high: &[T::Acc], sums: &mut [[T::Acc; 2]]);
+        /// Adds `dy` and `dy * (x - high)` to the lanes of every span of the rows.
+        span_dots = sums::span_dots,
+            (x: Strided<T>, dy: Strided<T>, span: usize, high: &[T::Acc], g: &mut [T::Acc], gx: &mut [T::Acc]);
         /// Adds `dy * xhat` and `dy` of every row to the sums of its columns; `[high, low, rstd]` of each row.
         add_columns = sums::add_columns,
-            (x: Block<T>, dy: Block<T>, stats: &[[T::Acc; 3]], dw: &mut [T::Acc], db: &mut [T::Acc]);
-        /// Adds them to the row's own sums; `[high, rstd, low]` of each column.
+            (x: Strided<T>, dy: Strided<T>, stats: &[[T::Acc; 3]], dw: &mut [T::Acc], db: &mut [T::Acc]);
+        /// Adds them to the row's own sums; `[high, low, rstd]` of each column.
         add_rows = sums::add_rows,
-            (x: Block<T>, dy: Block<T>, stats: [&[T::Acc]; 3], dw: &mut [T::Acc], db: &mut [T::Acc]);
+            (x: Strided<T>, dy: Strided<T>, stats: [&[T::Acc]; 3], dw: &mut [T::Acc], db: &mut [T::Acc]);
         /// Moments of every column about its pivot: offsets of the means, and squared distances from them.
         column_moments = columns::moments,
-            (x: Block<T>, pivot: Option<&[T::Acc]>, offset: &mut [f64], m2: &mut [f64]);
+            (x: Strided<T>, pivot: Option<&[T::Acc]>, offset: &mut [f64], m2: &mut [f64]);
         /// Adds `g = dy * weight` and `g * (x - high)` to every column's sums, with weights by row.
         column_dots = columns::dots,
-            (x: Block<T>, dy: Block<T>, weight: Option<&[T::Acc]>, high: &[T::Acc], g: &mut [f64], gx: &mut [f64]);
-        /// `y = (x - high) * scale + bias` by runs of `run` columns: `[high, scale, bias]` of every run of a row,
-        /// or of every run of every row.
-        scale_runs = maps::scale_runs,
-            (x: Block<T>, y: To<T>, run: usize, constants: &[[T::Acc; 3]], ahead: usize);
+            (x: Strided<T>, dy: Strided<T>, weight: Option<&[T::Acc]>, high: &[T::Acc], g: &mut [f64], gx: &mut [f64]);
+        /// `y = (x - high) * scale + bias` by spans of `span` columns: `[high, scale, bias]` of every span of a row,
+        /// or of every span of every row.
+        scale_spans = maps::scale_spans,
+            (x: Strided<T>, y: To<T>, span: usize, constants: &[[T::Acc; 3]], ahead: usize);
         /// `y = ((x - high) * rstd + shift) * weight + bias` by columns: `[high, rstd, shift]` of all rows, or of
         /// every row.
         scale_columns = maps::scale_columns,
-            (x: Block<T>, y: To<T>, weight: &[T::Acc], bias: Option<&[T::Acc]>, constants: &[[T::Acc; 3]], ahead: usize);
+            (x: Strided<T>, y: To<T>, weight: &[T::Acc], bias: Option<&[T::Acc]>, constants: &[[T::Acc; 3]], ahead: usize);
         /// `y = (x - high) * scale + bias`, `[high, scale, bias]` of every column; then that times the row's
         /// weight, plus its bias.
         scale_each = maps::scale_each,
-            (x: Block<T>, y: To<T>, constants: [&[T::Acc]; 3], rows: Option<[&[T::Acc]; 2]>);
-        /// `dx = dy * weight + ((x - high) * x_scale + shift)` by runs: `[high, x_scale, shift, weight]` as above.
-        gradient_runs = maps::gradient_runs,
-            (x: Block<T>, dy: Block<T>, dx: To<T>, run: usize, constants: &[[T::Acc; 4]], ahead: usize);
+            (x: Strided<T>, y: To<T>, constants: [&[T::Acc]; 3], rows: Option<[&[T::Acc]; 2]>);
+        /// `dx = dy * weight + ((x - high) * x_scale + shift)` by spans: `[high, x_scale, shift, weight]` as above.
+        gradient_spans = maps::gradient_spans,
+            (x: Strided<T>, dy: Strided<T>, dx: To<T>, span: usize, constants: &[[T::Acc; 4]], ahead: usize);
         /// `dx = dy * rstd * weight + ((x - high) * x_scale + shift)` by columns:
         /// `[high, x_scale, shift, rstd]` of all rows, or of every row.
         gradient_columns = maps::gradient_columns,
-            (x: Block<T>, dy: Block<T>, dx: To<T>, weight: &[T::Acc], constants: &[[T::Acc; 4]], ahead: usize);
+            (x: Strided<T>, dy: Strided<T>, dx: To<T>, weight: &[T::Acc], constants: &[[T::Acc; 4]], ahead: usize);
         /// `dx = dy * weight * scale + ((x - high) * x_scale + shift)`: `[high, x_scale, shift, scale]` of every
         /// column, weights by row.
         gradient_each = maps::gradient_each,
-            (x: Block<T>, dy: Block<T>, dx: To<T>, constants: [&[T::Acc]; 4], weight: Option<&[T::Acc]>);
+            (x: Strided<T>, dy: Strided<T>, dx: To<T>, constants: [&[T::Acc]; 4], weight: Option<&[T::Acc]>);
     }
 }
 
@@ -175,15 +175,15 @@ table! {
     /// Loops from the accumulation type to a tensor's, or back.
     Conversions<T: Element> {
         /// Rows widened, one behind the other.
-        widen = maps::widen, (x: Block<T>, y: &mut [T::Acc]);
+        widen = maps::widen, (x: Strided<T>, y: &mut [T::Acc]);
         /// `x * silu(gate)`, rows one behind the other.
-        gated = maps::gated, (x: Block<T>, gate: Block<T>, y: &mut [T::Acc]);
+        gated = maps::gated, (x: Strided<T>, gate: Strided<T>, y: &mut [T::Acc]);
         /// Rows rounded.
-        narrow = maps::narrow, (x: Block<T::Acc>, y: To<T>);
+        narrow = maps::narrow, (x: Strided<T::Acc>, y: To<T>);
         /// What stands behind a norm, done to z, and rounded to y.
-        finish = finish::finish, (z: Block<T::Acc>, y: To<T>, behind: Behind<Block<T>>);
+        finish = finish::finish, (z: Strided<T::Acc>, y: To<T>, behind: Behind<Strided<T>>);
         /// `x + b` rounded, to y and, one row behind the other, to `z`.
-        add = maps::add, (x: Block<T::Acc>, b: Block<T>, y: To<T>, z: &mut [T]);
+        add = maps::add, (x: Strided<T::Acc>, b: Strided<T>, y: To<T>, z: &mut [T]);
     }
 }
 
@@ -192,7 +192,7 @@ table! {
     Finishes<T: Stored> {
         /// What stands behind a norm, done to the z that `line` makes of x, and rounded to y.
         finish_line = finish::finish_line,
-            (x: Block<T::Walk>, y: To<T>, line: &Line<T::Acc>, behind: Behind<Block<T>>);
+            (x: Strided<T::WalkedAs>, y: To<T>, line: &Line<T::Acc>, behind: Behind<Strided<T>>);
     }
 }
 
@@ -216,7 +216,7 @@ pub(super) trait Walked: Element {
 /// A type of tensors.
 pub(super) trait Stored: Element<Acc: Wide> {
     /// What it is walked as.
-    type Walk: Walked<Acc = Self::Acc>;
+    type WalkedAs: Walked<Acc = Self::Acc>;
 }
 
 /// A type that sums are made in, and scratch is of.
@@ -232,7 +232,7 @@ macro_rules! loops_of {
             }
         }
         impl Stored for $t {
-            type Walk = $t;
+            type WalkedAs = $t;
         }
     };
     ($t:ty, wide) => {
@@ -250,7 +250,7 @@ loops_of!(f64, wide);
 loops_of!(bf16);
 
 impl Stored for f16 {
-    type Walk = f32;
+    type WalkedAs = f32;
 }
 
 /// `$body` for every vector of `0..$n`: `$at`, and `$k` elements of it that exist, at most `$w`.

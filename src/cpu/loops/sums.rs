@@ -5,7 +5,7 @@ use super::{each_vector, get, pairwise, put};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::moments::Stat;
 use crate::cpu::vector::{Simd, Vector};
-use crate::cpu::view::Block;
+use crate::cpu::view::Strided;
 
 /// Short rows that are summed side by side, so that their latencies overlap.
 const ABREAST: usize = 4;
@@ -57,7 +57,7 @@ pub(super) fn starts<A, const N: usize>(slices: [&[A]; N]) -> [*const A; N] {
 
 /// The starts of the first rows.
 #[inline(always)]
-fn rows<T: Element, const R: usize>(x: Block<T>) -> [*const T; R] {
+fn rows<T: Element, const R: usize>(x: Strided<T>) -> [*const T; R] {
     let mut rows = [std::ptr::null(); R];
     let mut r = 0;
     while r < R {
@@ -102,7 +102,7 @@ macro_rules! pairwise_in_turn {
 #[inline(always)]
 pub(super) fn moments<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     pivot: Option<T::Acc>,
 ) -> (Stat<T::Acc>, T::Acc) {
     let (w, n) = (V::<S, T>::W, x.n);
@@ -179,7 +179,7 @@ macro_rules! abreast {
 #[inline(always)]
 pub(super) fn short_moments<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     center: bool,
     stats: &mut [Stat<T::Acc>],
 ) {
@@ -190,7 +190,7 @@ pub(super) fn short_moments<S: Simd, T: Element>(
 #[inline(always)]
 fn some_moments<S: Simd, T: Element, const R: usize>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     center: bool,
     stats: &mut [Stat<T::Acc>],
 ) {
@@ -263,7 +263,7 @@ fn some_moments<S: Simd, T: Element, const R: usize>(
 #[inline(always)]
 pub(super) fn run_sums<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
+    x: Strided<T>,
     run: usize,
     base: &[T::Acc],
     squares: bool,
@@ -306,8 +306,8 @@ pub(super) fn fold<S: Simd, T: Element>(s: S, lanes: &[T::Acc], sums: &mut [T::A
 #[inline(always)]
 pub(super) fn dots<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     weight: Option<&[T::Acc]>,
     high: T::Acc,
 ) -> [T::Acc; 2] {
@@ -368,8 +368,8 @@ pub(super) fn dots<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn short_dots<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     weight: &[T::Acc],
     high: &[T::Acc],
     sums: &mut [[T::Acc; 2]],
@@ -386,7 +386,7 @@ pub(super) fn short_dots<S: Simd, T: Element>(
 #[inline(always)]
 fn some_dots<S: Simd, T: Element, const R: usize>(
     s: S,
-    [x, dy]: [Block<T>; 2],
+    [x, dy]: [Strided<T>; 2],
     weight: &[T::Acc],
     high: &[T::Acc],
     sums: &mut [[T::Acc; 2]],
@@ -418,27 +418,27 @@ fn some_dots<S: Simd, T: Element, const R: usize>(
 }
 
 #[inline(always)]
-pub(super) fn run_dots<S: Simd, T: Element>(
+pub(super) fn span_dots<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
-    run: usize,
+    x: Strided<T>,
+    dy: Strided<T>,
+    span: usize,
     high: &[T::Acc],
     g: &mut [T::Acc],
     gx: &mut [T::Acc],
 ) {
-    let (w, runs) = (V::<S, T>::W, high.len());
-    assert!(runs * run <= x.n && x.n == dy.n && x.rows == dy.rows);
-    assert!(runs * w <= g.len() && runs * w <= gx.len());
+    let (w, spans) = (V::<S, T>::W, high.len());
+    assert!(spans * span <= x.n && x.n == dy.n && x.rows == dy.rows);
+    assert!(spans * w <= g.len() && spans * w <= gx.len());
     for r in 0..x.rows {
-        for i in 0..runs {
+        for i in 0..spans {
             let high = splat::<S, T>(s, high[i]);
-            // SAFETY: the runs lie within the blocks' rows, the lanes within theirs, by the assertions.
+            // SAFETY: the spans lie within the blocks' rows, the lanes within theirs, by the assertions.
             unsafe {
-                let (x, dy) = (x.row(r).add(i * run), dy.row(r).add(i * run));
+                let (x, dy) = (x.row(r).add(i * span), dy.row(r).add(i * span));
                 let lanes = [g.as_mut_ptr().add(i * w), gx.as_mut_ptr().add(i * w)];
                 let (mut g, mut gx) = (T::Acc::load(s, lanes[0]), T::Acc::load(s, lanes[1]));
-                each_vector!(w, run, |at, k| {
+                each_vector!(w, span, |at, k| {
                     let dy = get::<S, T>(s, dy.add(at), k);
                     g = g + dy;
                     gx = dy.fma((get::<S, T>(s, x.add(at), k) - high).keep(k), gx);
@@ -455,8 +455,8 @@ pub(super) fn run_dots<S: Simd, T: Element>(
 #[inline(always)]
 pub(super) fn add_columns<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     stats: &[[T::Acc; 3]],
     dw: &mut [T::Acc],
     db: &mut [T::Acc],
@@ -475,7 +475,7 @@ pub(super) fn add_columns<S: Simd, T: Element>(
 #[inline(always)]
 fn add_some_columns<S: Simd, T: Element, const R: usize>(
     s: S,
-    [x, dy]: [Block<T>; 2],
+    [x, dy]: [Strided<T>; 2],
     stats: [[T::Acc; 3]; R],
     [dw, db]: [&mut [T::Acc]; 2],
 ) {
@@ -510,15 +510,15 @@ fn add_some_columns<S: Simd, T: Element, const R: usize>(
 #[inline(always)]
 pub(super) fn add_rows<S: Simd, T: Element>(
     s: S,
-    x: Block<T>,
-    dy: Block<T>,
+    x: Strided<T>,
+    dy: Strided<T>,
     stats: [&[T::Acc]; 3],
     dw: &mut [T::Acc],
     db: &mut [T::Acc],
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(dy.n == n && dy.rows == x.rows && stats.iter().all(|s| s.len() >= n));
-    let [high, rstd, low] = starts(stats);
+    let [high, low, rstd] = starts(stats);
     for r in 0..x.rows {
         let (x, dy) = (x.row(r), dy.row(r));
         let zero = splat::<S, T>(s, T::Acc::ZERO);

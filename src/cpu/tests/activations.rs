@@ -4,7 +4,7 @@ use crate::cpu::activations::{slope_f64, value_f64};
 use crate::cpu::loops::{Behind, Conversions, Wide};
 use crate::cpu::simd_level::Level;
 use crate::cpu::tile::Tile;
-use crate::cpu::view::{Block, OutTile};
+use crate::cpu::view::{OutTile, Strided};
 use crate::fusion::Activation;
 
 /// Distance in units in the last place of f32 between a result and what it should be.
@@ -51,7 +51,7 @@ fn activate(level: Level, activation: Activation, z: &mut [f32]) {
     let (x, n) = (z.to_vec(), z.len());
     let mut y = OutTile::alone(z, Tile { rows: 0..1, columns: 0..n });
     let behind = Behind { skip: None, activation: Some(activation), gate: None };
-    Conversions::<f32>::of(level).finish(Block::row_of(&x), y.whole(), behind);
+    Conversions::<f32>::of(level).finish(Strided::row_of(&x), y.whole(), behind);
 }
 
 fn check(step: usize) {

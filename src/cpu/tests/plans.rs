@@ -83,11 +83,11 @@ fn plans_as_a_table() {
         let g = Geometry { outer, rows, width, run, weight_by, center: true };
         let form = Form::of(&g, true);
         let plan = ForwardPlan::new(&g, form, 4, false);
-        assert_eq!((walk(&plan.sums), plan.y.walk), (statistics, y), "{name}");
+        assert_eq!((walk(&plan.statistics), plan.y.walk), (statistics, y), "{name}");
         assert_eq!(plan.from, if statistics.is_some() { Origin::Given } else { Origin::Tile }, "{name}");
         assert!(plan.y.cut.whole_sets() || plan.from == Origin::Given, "{name}");
         let plan = ForwardPlan::new(&g, form, 4, true);
-        assert_eq!((walk(&plan.sums), plan.y.walk, plan.from), (None, given, Origin::Given), "{name}");
+        assert_eq!((walk(&plan.statistics), plan.y.walk, plan.from), (None, given, Origin::Given), "{name}");
         let asked = |fixed| Asked { dx: true, params: true, fixed };
         let plan = BackwardPlan::new(&g, form, 8, asked(false));
         assert_eq!((walk(&plan.sums), walk(&plan.dx)), (sums, Some(dx)), "{name}");
@@ -125,7 +125,7 @@ fn every_walk_and_loop_runs_at_every_level() {
             assert!(ran::has::<bf16>(level.name(), what), "{what} of bf16 at {}", level.name());
             assert!(ran::has::<f64>(f64s, what), "{what} of f64 at {f64s}");
         }
-        let finishes = Finishes::<f32>::NAMES.iter().filter(|_| level.finishes());
+        let finishes = Finishes::<f32>::NAMES.iter().filter(|_| level.finishes_in_registers());
         for what in Conversions::<f32>::NAMES.iter().chain(finishes) {
             assert!(ran::has::<half::f16>(level.name(), what), "{what} of f16 at {}", level.name());
             assert!(ran::has::<bf16>(level.name(), what), "{what} of bf16 at {}", level.name());

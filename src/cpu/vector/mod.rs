@@ -24,7 +24,7 @@ pub(super) trait Simd: Copy + 'static {
 
     /// Whether what stands behind a norm is done in registers where it can be. Elsewhere it takes a tile of scratch:
     /// slower, and an eighth of all machine code less.
-    const FINISHES: bool;
+    const FINISHES_IN_REGISTERS: bool;
 
     /// Asks for the cache line of `p`, which may lie anywhere: nothing is read.
     fn prefetch<T>(self, p: *const T);

@@ -19,7 +19,7 @@ impl Simd for Portable {
     type F64 = Lanes<f64, 2>;
 
     /// On x86-64 few machines come this low.
-    const FINISHES: bool = cfg!(not(target_arch = "x86_64"));
+    const FINISHES_IN_REGISTERS: bool = cfg!(not(target_arch = "x86_64"));
 
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}

@@ -29,7 +29,7 @@ macro_rules! level {
             type F32 = $f32;
             type F64 = $f64;
 
-            const FINISHES: bool = true;
+            const FINISHES_IN_REGISTERS: bool = true;
 
             #[inline(always)]
             fn prefetch<T>(self, p: *const T) {

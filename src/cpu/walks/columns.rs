@@ -9,7 +9,7 @@ use crate::cpu::element::{Element, Float, PANEL};
 use crate::cpu::loops::{Line, Loops, Walked};
 use crate::cpu::moments::{Moments, Stat, StatsFrom};
 use crate::cpu::tile::Tile;
-use crate::cpu::view::{Block, InTile, OutTile, To};
+use crate::cpu::view::{InTile, OutTile, Strided, To};
 use crate::cpu::walk_args::{BackwardArgs, ForwardArgs, Input, MomentsArgs, Place, SumsArgs};
 use crate::geometry::{Geometry, WeightBy};
 use std::ops::Range;
@@ -99,7 +99,7 @@ impl Sheet {
         (self.rows + (j < self.extra) as usize) as f64
     }
 
-    fn full<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Block<'a, T> {
+    fn full<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Strided<'a, T> {
         x.block(self.place, self.fold * x.stride(), self.rows, self.columns)
     }
 
@@ -107,7 +107,7 @@ impl Sheet {
         (self.extra > 0).then_some([self.place[0] + self.rows * self.fold, self.place[1]])
     }
 
-    fn extra<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Option<Block<'a, T>> {
+    fn extra<'a, T: Copy>(&self, x: &InTile<'a, T>) -> Option<Strided<'a, T>> {
         Some(x.block(self.extra_place()?, self.extra, 1, self.extra))
     }
 
@@ -211,7 +211,7 @@ fn normalize<T: Walked>(k: &mut ForwardArgs<T>, sheet: &Sheet, stats: &[Stat<T::
         let rstd = stat.rstd(k.eps);
         for c in columns {
             let [w, b] = match affine.form {
-                Form::Spans(span) => affine.at(sheet.param(c, span)),
+                Form::PerSpan(span) => affine.at(sheet.param(c, span)),
                 // Applied row by row.
                 _ => [T::Acc::ONE, T::Acc::ZERO],
             };
@@ -223,7 +223,7 @@ fn normalize<T: Walked>(k: &mut ForwardArgs<T>, sheet: &Sheet, stats: &[Stat<T::
     let [high, scale, bias] = [high, scale, bias].map(|row| sheet.repeated(row));
     let constants = [&high[..], &scale, &bias];
     let by_row = match (affine.form, affine.bias()) {
-        (Form::Rows, Some(bias)) => Some([&affine.weight[sheet.row..], &bias[sheet.row..]]),
+        (Form::PerRow, Some(bias)) => Some([&affine.weight[sheet.row..], &bias[sheet.row..]]),
         _ => None,
     };
     let to = Place { at: sheet.place, stride: sheet.fold * k.y.stride() };
@@ -256,7 +256,7 @@ impl ColumnSums {
         let mut sums = ColumnSums { g: vec![0.0; n], gx: vec![0.0; n] };
         let high = sheet.spread(input.g, |set| input.stats.of(set).high);
         let weight = match input.affine.form {
-            Form::Rows => Some(&input.affine.weight[sheet.row..]),
+            Form::PerRow => Some(&input.affine.weight[sheet.row..]),
             _ => None,
         };
         let (x, dy) = (sheet.full(&input.x), sheet.full(&input.dy));
@@ -284,7 +284,7 @@ impl ColumnSums {
         columns: Range<usize>,
         params: &mut Option<ParamSums<T::Acc>>,
     ) -> Sums {
-        let Form::Spans(span) = input.affine.form else { return self.over(sheet.folded(columns)) };
+        let Form::PerSpan(span) = input.affine.form else { return self.over(sheet.folded(columns)) };
         let (stat, rstd) = input.stat(set);
         let first = sheet.param(0, span);
         let mut sums = Sums::default();
@@ -316,7 +316,7 @@ struct ColumnGradients<A> {
 }
 
 pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
-    let by_row = k.input.affine.form == Form::Rows;
+    let by_row = k.input.affine.form == Form::PerRow;
     for sheet in sheets(k.input.g, k.input.tile) {
         let gradients = gradients(&mut k, &sheet);
         if by_row {
@@ -339,7 +339,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
 fn gradients<T: Walked>(k: &mut BackwardArgs<T>, sheet: &Sheet) -> ColumnGradients<T::Acc> {
     let input = &k.input;
     let spans = match input.affine.form {
-        Form::Spans(span) => Some(span),
+        Form::PerSpan(span) => Some(span),
         _ => None,
     };
     let sums = match k.means {
@@ -388,8 +388,8 @@ fn row_sums<T: Walked>(k: &mut BackwardArgs<T>, sheet: &Sheet, gradients: &Colum
         let columns = c..(c + panel).min(sheet.columns);
         let place = [sheet.place[0], sheet.place[1] + c];
         let [x, dy] = [input.x, input.dy].map(|x| x.block(place, x.stride(), sheet.rows, columns.len()));
-        let stats = [&gradients.high[columns.clone()], &gradients.scale[columns.clone()]];
-        let stats = [stats[0], stats[1], &gradients.low[columns.clone()]];
+        let stats =
+            [&gradients.high, &gradients.low, &gradients.scale].map(|values| &values[columns.clone()]);
         let (dw, db) = (&mut params.weight[own.clone()], &mut params.bias[own.clone()]);
         input.loops.add_rows(x, dy, stats, dw, db);
     }

@@ -42,7 +42,7 @@ pub(super) fn moments<T: Walked>(walk: Walk, args: MomentsArgs<T>) {
     note!(args.loops, "moments", walk);
     match walk {
         Walk::Columns => columns::moments(args),
-        _ => sets::moments(args),
+        Walk::Runs | Walk::Sets | Walk::Rows => sets::moments(args),
     }
 }
 
@@ -50,6 +50,6 @@ pub(super) fn sums<T: Walked>(walk: Walk, args: SumsArgs<T>) {
     note!(args.input.loops, "sums", walk);
     match walk {
         Walk::Columns => columns::sums(args),
-        _ => sets::sums(args),
+        Walk::Runs | Walk::Sets | Walk::Rows => sets::sums(args),
     }
 }

@@ -14,7 +14,7 @@ use crate::cpu::walk_args::{pivot, BackwardArgs, ForwardArgs, Part};
 use crate::geometry::Geometry;
 
 /// The rows of a tile that lie in one block, as one part from its first set on.
-fn blocks<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item = Part> + 'a {
+fn bands<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item = Part> + 'a {
     let blocks = tile.rows.start / g.rows..tile.rows.end.div_ceil(g.rows);
     blocks.map(move |o| Part {
         set: o * g.sets_per_outer() + tile.columns.start / g.run,
@@ -26,7 +26,7 @@ fn blocks<'a>(g: &'a Geometry, tile: &'a Tile) -> impl Iterator<Item = Part> + '
 /// Columns of a parameter.
 fn span(form: Form, g: &Geometry) -> usize {
     match form {
-        Form::Spans(span) => span,
+        Form::PerSpan(span) => span,
         _ => g.run,
     }
 }
@@ -39,7 +39,7 @@ fn set_of(g: &Geometry, part: &Part, p: usize, span: usize) -> usize {
 pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
     let (g, span) = (k.g, span(k.affine.form, k.g));
     let mut done = 0;
-    for part in blocks(g, k.tile) {
+    for part in bands(g, k.tile) {
         let first = part.set;
         let stats: Vec<_> = match &k.stats {
             StatsFrom::Given(given) => (first..first + sets(g, &part)).map(|set| given.of(set)).collect(),
@@ -57,7 +57,7 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
                 spans::constants(k.affine, p, stats[i], rstd[i])
             })
             .collect();
-        let line = Line::Runs { run, constants: &constants, ahead: k.tile.columns.len() };
+        let line = Line::Spans { span: run, constants: &constants, ahead: k.tile.columns.len() };
         k.y.write(k.loops, part.place(k.y.stride()), part.block(&k.x), line);
     }
 }
@@ -106,7 +106,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let input = k.input;
     let (g, affine) = (input.g, input.affine);
     let span = span(affine.form, g);
-    for part in blocks(g, input.tile) {
+    for part in bands(g, input.tile) {
         let (params, run) = part.spans(span);
         let summed = match k.means {
             MeansFrom::Tile => true,
@@ -136,6 +136,6 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
         }
         let Some(dx) = &mut k.dx else { continue };
         let (x, dy, ahead) = (part.block(&input.x), part.block(&input.dy), input.tile.columns.len());
-        input.loops.gradient_runs(x, dy, part.out(dx), run, &constants, ahead);
+        input.loops.gradient_spans(x, dy, part.out(dx), run, &constants, ahead);
     }
 }

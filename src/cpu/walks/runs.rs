@@ -65,7 +65,7 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
             k.stats.keep(set - sets.start + i, *stat);
             let rstd = stat.rstd(k.eps);
             match k.affine.form {
-                Form::Spans(span) => {
+                Form::PerSpan(span) => {
                     let first = (set + i) % g.sets_per_outer() * (n / span);
                     let params = first..first + n / span;
                     constants.extend(params.map(|p| spans::constants(k.affine, p, *stat, rstd)));
@@ -75,7 +75,7 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
         }
         let (constants, ahead, to) = (&constants[..], step * n, Place { at, stride: n });
         match k.affine.form {
-            Form::Spans(run) => k.y.write(k.loops, to, x, Line::Runs { run, constants, ahead }),
+            Form::PerSpan(span) => k.y.write(k.loops, to, x, Line::Spans { span, constants, ahead }),
             _ => {
                 let (weight, bias) = (&k.affine.weight, k.affine.bias());
                 k.y.write(k.loops, to, x, Line::Columns { weight, bias, constants, ahead })
@@ -127,8 +127,8 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
 /// Of short sets from `set` on.
 fn short_gradients<T: Walked>(
     k: &BackwardArgs<T>,
-    x: crate::cpu::view::Block<T>,
-    dy: crate::cpu::view::Block<T>,
+    x: crate::cpu::view::Strided<T>,
+    dy: crate::cpu::view::Strided<T>,
     set: usize,
     gradients: &mut [InputGradient<T::Acc>],
 ) {

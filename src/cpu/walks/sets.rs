@@ -36,10 +36,10 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
 fn normalize<T: Walked>(k: &mut ForwardArgs<T>, part: &Part, stat: Stat<T::Acc>) {
     let (affine, rstd, x) = (k.affine, stat.rstd(k.eps), part.block(&k.x));
     let to = part.place(k.y.stride());
-    if let Form::Spans(span) = affine.form {
+    if let Form::PerSpan(span) = affine.form {
         let (params, run) = part.spans(span);
         let constants: Vec<_> = params.map(|p| spans::constants(affine, p, stat, rstd)).collect();
-        let line = Line::Runs { run, constants: &constants, ahead: k.g.run };
+        let line = Line::Spans { span: run, constants: &constants, ahead: k.g.run };
         return k.y.write(k.loops, to, x, line);
     }
     let c = part.columns.clone();
@@ -59,7 +59,7 @@ pub(super) fn sums<T: Walked>(mut k: SumsArgs<T>) {
 fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<ParamSums<T::Acc>>) -> Sums {
     use crate::cpu::element::Float;
     let (stat, rstd) = input.stat(part.set);
-    let Form::Spans(span) = input.affine.form else {
+    let Form::PerSpan(span) = input.affine.form else {
         return spans::dots(input, part, Some(&input.affine.weight), stat.high);
     };
     let (own, run) = part.spans(span);
@@ -81,7 +81,7 @@ fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<P
 pub(super) fn gradient<T: Walked>(k: &mut BackwardArgs<T>, part: &Part) -> InputGradient<T::Acc> {
     let (stat, rstd) = k.input.stat(part.set);
     // Sums by column are made later, along with dx.
-    let spans = k.input.affine.form != Form::Columns;
+    let spans = k.input.affine.form != Form::PerColumn;
     let means = match k.means {
         MeansFrom::Given(means) => means[part.set],
         MeansFrom::Fixed if !spans || k.params.is_none() => Means::ZERO,
@@ -100,12 +100,12 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     for part in parts(g, input.tile) {
         let gradient = gradient(&mut k, &part);
         let (x, dy) = (part.block(&input.x), part.block(&input.dy));
-        if let Form::Spans(span) = affine.form {
+        if let Form::PerSpan(span) = affine.form {
             let Some(dx) = &mut k.dx else { continue };
             let (params, run) = part.spans(span);
             let constants: Vec<_> =
                 params.map(|p| gradient.with_scale(gradient.rstd * affine.weight[p])).collect();
-            loops.gradient_runs(x, dy, part.out(dx), run, &constants, g.run);
+            loops.gradient_spans(x, dy, part.out(dx), run, &constants, g.run);
             continue;
         }
         let c = part.columns.clone();

@@ -40,7 +40,7 @@ pub(super) fn sums<T: Walked>(input: &Input<T>, part: &Part, run: usize, high: &
         let panel = Part { rows, ..part.clone() };
         g.fill(T::Acc::ZERO);
         gx.fill(T::Acc::ZERO);
-        loops.run_dots(panel.block(&input.x), panel.block(&input.dy), run, high, &mut g, &mut gx);
+        loops.span_dots(panel.block(&input.x), panel.block(&input.dy), run, high, &mut g, &mut gx);
         loops.fold(&g, &mut sums);
         all.iter_mut().zip(&sums).for_each(|(all, sum)| all.g += sum.to64());
         loops.fold(&gx, &mut sums);

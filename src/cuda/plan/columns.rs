@@ -102,7 +102,7 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
         let part = sums(b, needs.dx && needs.fixed)?;
         b.after_sums(part, needs)?;
     }
-    if own || ((needs.dx || needs.upstream) && !needs.params()) {
+    if own || ((needs.dx || needs.around) && !needs.params()) {
         launch_input_gradient(b, needs.fixed, needs.dx)?;
     }
     Ok(())

@@ -155,7 +155,7 @@ fn backward_columns(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
             b.combine(Kernel::CombineSums, part)?;
         }
     }
-    if needs.dx || (needs.upstream && !needs.params()) {
+    if needs.dx || (needs.around && !needs.params()) {
         launch_input_gradient(b, needs.fixed, needs.dx)?;
     }
     Ok(())
@@ -164,7 +164,7 @@ fn backward_columns(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
 /// Statistics that did not depend on x: dx needs no sums.
 pub(super) fn backward_fixed(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
     if !needs.params() {
-        if needs.dx || needs.upstream {
+        if needs.dx || needs.around {
             launch_input_gradient(b, true, needs.dx)?;
         }
         return Ok(());

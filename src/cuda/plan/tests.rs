@@ -14,7 +14,7 @@ const SM90: DeviceProperties = DeviceProperties { capability: 90, multiprocessor
 
 const FORWARD: ForwardNeeds = ForwardNeeds { output: true, given: false, keep: true, momentum: None };
 const BACKWARD: BackwardNeeds =
-    BackwardNeeds { dx: true, dweight: true, dbias: true, as_x: true, fixed: false, upstream: false };
+    BackwardNeeds { dx: true, dweight: true, dbias: true, as_x: true, fixed: false, around: false };
 
 fn rows(outer: usize, n: usize) -> Geometry {
     Geometry { outer, rows: 1, width: n, run: n, weight_by: WeightBy::Column { span: 1 }, center: true }
@@ -155,7 +155,7 @@ fn gates_before_the_norm_are_in_registers() {
     let fusion = Fusion { gate: Some(Gate::Before), ..Fusion::default() };
     let rms = |n| Geometry { center: false, ..rows(512, n) };
     let of = |n, element| Request { fusion, gate: true, bias: false, ..request(rms(n), element, true) };
-    let needs = BackwardNeeds { dbias: false, upstream: true, ..BACKWARD };
+    let needs = BackwardNeeds { dbias: false, around: true, ..BACKWARD };
     for (device, n, block) in [(SM70, 64, 256), (SM80, 4096, 256), (SM90, 5120, 512), (SM90, 8192, 512)] {
         let r = of(n, Element::BF16);
         let (kernels, passes) = summary(&forward(&r, &device, &FORWARD).unwrap(), &r);
