@@ -282,7 +282,7 @@ impl<'a, T: Stored> Call<'a, T> {
 
 // Of outputs that may not be wanted.
 
-fn tiles_of<'a, T: Element>(output: Option<&'a mut Output<T>>, cut: &Cut) -> Option<Tiles<'a, T>> {
+fn tiles_of<'a, T: Element>(output: Option<&'a mut Output<T>>, cut: &'a Cut) -> Option<Tiles<'a, T>> {
     Some(output?.tiles(cut))
 }
 

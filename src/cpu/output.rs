@@ -2,12 +2,11 @@
 #![allow(unsafe_code)]
 
 use super::element::Element;
-use super::tile::{Cut, Tile};
+use super::tile::Cut;
 use super::view::OutTile;
 use crate::geometry::Geometry;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
-#[cfg(target_os = "linux")]
 use std::ops::Range;
 
 /// A buffer of `g.elements()` elements, none of them written yet.
@@ -43,7 +42,8 @@ fn advise_huge_pages<T>(_: &mut [MaybeUninit<T>]) {}
 /// An output's tiles, one after the other. A type of its own, and no chain of closures: such a chain is compiled anew
 /// for every way in which it is gone through.
 pub(super) struct Tiles<'a, T> {
-    rest: std::vec::IntoIter<Tile>,
+    cut: &'a Cut,
+    rest: Range<usize>,
     buffer: *mut T,
     width: usize,
     past: bool,
@@ -54,7 +54,7 @@ impl<'a, T: Element> Iterator for Tiles<'a, T> {
     type Item = OutTile<'a, T>;
 
     fn next(&mut self) -> Option<OutTile<'a, T>> {
-        let tile = self.rest.next()?;
+        let tile = self.cut.tile(self.rest.next()?);
         // SAFETY: the tiles of a cut lie within its geometry, which is the buffer's, and are disjoint; the
         // buffer is borrowed for as long as they live.
         Some(unsafe { OutTile::new(self.buffer, self.width, tile, self.past) })
@@ -82,10 +82,10 @@ impl<T: Element> Output<T> {
     }
 
     /// The tiles of `cut`, which cuts a tensor of this shape.
-    pub fn tiles(&mut self, cut: &Cut) -> Tiles<'_, T> {
+    pub fn tiles<'a>(&'a mut self, cut: &'a Cut) -> Tiles<'a, T> {
         assert_eq!(cut.geometry(), &self.g);
         let (buffer, width, past) = (self.buffer.as_mut_ptr(), self.g.width, self.past);
-        Tiles { rest: cut.tiles().into_iter(), buffer, width, past, output: PhantomData }
+        Tiles { cut, rest: 0..cut.count(), buffer, width, past, output: PhantomData }
     }
 
     /// # Safety

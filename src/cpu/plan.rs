@@ -177,7 +177,8 @@ pub(super) fn past_caches(g: &Geometry, bytes: usize, all: usize) -> bool {
 /// on those with the most (EPYC 9684X: 1152 MiB for 96).
 const OF_A_THREAD: usize = 16 << 20;
 
-/// Bytes that the caches will not keep: three quarters of what the threads have of the last-level one. 32 MiB where the system does not tell.
+/// Bytes that the caches will not keep: three quarters of what the threads have of the last-level one, which is 32 MiB where
+/// the system does not tell.
 fn past_from() -> usize {
     if cfg!(test) {
         return 256 << 10; // within reach of tests

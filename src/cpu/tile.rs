@@ -246,12 +246,21 @@ impl Cut {
 
     /// All tiles, in the order in which partial results are merged.
     pub fn tiles(&self) -> Vec<Tile> {
+        (0..self.count()).map(|i| self.tile(i)).collect()
+    }
+
+    pub fn count(&self) -> usize {
         let (down, across) = self.grid();
-        let tile = |i| Tile {
+        down * across
+    }
+
+    /// The tile in place `i < count()`.
+    pub fn tile(&self, i: usize) -> Tile {
+        let (_, across) = self.grid();
+        Tile {
             rows: part(i / across, self.rows, self.g.rows, self.outers, self.g.outer),
             columns: part(i % across, self.run, self.g.run, self.sets, self.g.sets_per_outer()),
-        };
-        (0..down * across).map(tile).collect()
+        }
     }
 }
 
