@@ -1,7 +1,7 @@
 // The first touch of an element: x on its way into shared memory, a residual added on the way.
 //
-// Sets that shared memory holds come in here, x and dy. What goes straight into registers (held.cuh's `InRegisters`,
-// columns.cuh, gated.cuh, plain_backward.cuh) is read by `Pack` of element.cuh. `sum` is rounded as
+// Sets that shared memory holds come in here, x and dy, but for those of plain_backward.cuh, which copies them itself. What
+// goes straight into registers (held.cuh's `InRegisters`, columns.cuh, gated.cuh) is read by `Pack` of element.cuh. `sum` is rounded as
 // add-then-norm would round it, and the rounded sum is what is normalized.
 #pragma once
 #include "sets.cuh"

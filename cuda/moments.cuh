@@ -198,7 +198,7 @@ template <class A, int C> struct Exchange {
 // again is past a barrier that all threads reached after they had read it. So one barrier is enough.
 template <class A, int C> struct Group {
     static constexpr u32 WARPS = 16; // of a block at most
-    // Bytes of shared memory at its start that the group takes: src/cuda/plan.rs counts the same.
+    // Bytes of shared memory at its start that the group takes: `slots` in src/cuda/plan/held.rs counts the same.
     static constexpr u32 BYTES = 2 * (3 * WARPS + Exchange<A, C>::VALUES) * sizeof(A) + 2 * sizeof(u64);
 
     u32 lanes; // threads of this block that share a set

@@ -35,7 +35,7 @@ enum Flag : u32 {
     PLAIN_NORM = 1 << 11,
 };
 
-// What is done to z before it is stored: `Fusion::activation`, and a gate behind the norm.
+// What is done to z before it is stored: `Fusion::activation`. A gate behind the norm is known by its pointer.
 enum Activation : u32 { NONE, RELU, RELU6, LEAKY_RELU, SILU, SIGMOID, HARD_SWISH, GELU, GELU_TANH };
 
 struct Arguments {

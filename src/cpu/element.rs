@@ -13,7 +13,7 @@ use std::ops::Neg;
 
 /// Vectors of a panel, which is of one set: few enough elements for the first-level cache to keep them between two passes,
 /// and for a lane's sum of a quarter of them to stay exact to a few roundings before it goes on in f64. Where sets are
-/// walked side by side (`walks/rows.rs`) a panel has that of each of them, and the second-level cache keeps it.
+/// walked side by side (`walks/rows.rs`) a panel has a quarter of that of each, and the second-level cache keeps it.
 pub(super) const PANEL: usize = 256;
 
 /// The vector in which elements of type `T` are computed with.

@@ -7,7 +7,7 @@
 //!      .---------------.        set    what shares a mean: the a's. Here 3 runs of 4, one in each row
 //!      | a a a a b b b b        run    its neighbouring columns
 //! rows | a a a a b b b b        span   neighbouring columns that share a weight; here a run, in layer norm one
-//!      | a a a a b b b b        part   what a tile has of a set
+//!      | a a a a b b b b        part   what a tile has of a set, or of all in some rows
 //!      '---------------'
 //! ```
 //!
@@ -22,9 +22,11 @@
 //! | level | the vector instructions of this machine | `simd_level.rs` |
 //! | line, behind | what makes z of x; what is done to z on its way into y: skip, activation, gate | `loops/finish.rs` |
 //!
-//! A *visit* is one pass over all tiles. Of numbers: a *pivot* is a set's first element, which is subtracted before anything is summed; a mean is the sum of
-//! a *high* and a *low* (`moments.rs`); g is `dy * weight`. A tile with something around its norm is *staged*: copied to a
-//! thread's scratch, a *piece* (some of its sets) at a time, and there worked on in *strips* (`staging.rs`).
+//! A *visit* is one pass over all tiles; a *form* says whether weights are per span, column or row (`affine.rs`). Of numbers: a *pivot* is a set's first element, which is subtracted before anything is summed; a mean is the sum of
+//! a *high* and a *low* (`moments.rs`); g is `dy * weight`. A tile of f16, of a residual's sum or of what a gate multiplies is
+//! *staged*, copied to a thread's scratch, and so are the gradient of z and what `finish.rs` has no loop for: a *piece* (some of
+//! its rows, where sets lie one behind the other) at a time, some of it in *strips* that the first-level cache holds
+//! (`staging.rs`, where `After` is a `Behind` of whole tensors).
 //!
 //! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `staging.rs` (a tile as walks read it),
 //! `walks/`, `loops/`, and each imports only what comes after it.

@@ -108,7 +108,7 @@ pub(super) struct Cut {
 }
 
 impl Cut {
-    /// The cut for an op that visits each set twice. `bytes`: of all that is read per element.
+    /// The cut for an op that visits each set twice. `bytes`: of an element of x, and of dy.
     pub fn new(g: &Geometry, bytes: usize) -> Cut {
         let mut cut = Cut { g: *g, outers: g.outer, rows: g.rows, sets: g.sets_per_outer(), run: g.run };
         let least = MinTile::of(g);

@@ -232,7 +232,7 @@ helpers! {
         (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(x)), _mm256_castsi256_ps(odd))
     }
 
-    /// To nearest, ties to even, in the upper halves; NaN stays NaN (`element.rs` has the same in scalars). Not
+    /// To nearest, ties to even, in the upper halves; NaN stays NaN (`scalar.rs` has the same in scalars). Not
     /// the processor's own conversion, which takes subnormals for zero.
     fn bf16_rounded16(x: __m512) -> __m512i {
         let bits = _mm512_castps_si512(x);
