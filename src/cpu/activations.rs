@@ -34,7 +34,7 @@ const LANES: usize = 16;
 fn lanes<S: Simd>(v: F<S>) -> [f32; LANES] {
     let mut lanes = [0.0; LANES];
     // SAFETY: no level has more.
-    unsafe { Convert::<S, f32, f32>::store(v, lanes.as_mut_ptr(), false) };
+    unsafe { Convert::<S, f32, f32>::store(v, lanes.as_mut_ptr()) };
     lanes
 }
 
@@ -201,7 +201,7 @@ macro_rules! by_lane_f64 {
         let mut lanes = [0f64; 8];
         // SAFETY: no level has more lanes.
         unsafe {
-            Convert::<S, f64, f64>::store($z, lanes.as_mut_ptr(), false);
+            Convert::<S, f64, f64>::store($z, lanes.as_mut_ptr());
             lanes.iter_mut().take(<S::F64 as Vector<S, f64>>::W).for_each(|z| *z = $f(*z));
             <S::F64 as Convert<S, f64, f64>>::load($s, lanes.as_ptr())
         }

@@ -65,7 +65,7 @@ fn run<T: Stored, W: Walked<Acc = T::Acc>>(
     let plan = plan::BackwardPlan::new(g, read.affine.form, bytes::<W>(), asked);
     let new = |wanted: bool| wanted.then(|| Output::new(g, false));
     let mut out = Outputs {
-        dx: tensors.then(|| Output::new(g, plan::past_caches(g, size_of::<T>(), 3 * size_of::<T>()))),
+        dx: tensors.then(|| Output::new(g, plan.dx_past_caches(size_of::<T>()))),
         dskip: new(want.dskip && read.after.any()),
         dgate: new(tensors && read.x.gate.is_some() || want.dgate && read.after.behind.gate.is_some()),
     };
@@ -120,7 +120,7 @@ pub(super) fn input_gradient<T: Stored>(
         })
         .collect();
     let plan = plan::BackwardPlan::from_means(read.g, read.affine.form, bytes::<T::WalkedAs>());
-    let mut dx = Some(Output::new(read.g, plan::past_caches(read.g, size_of::<T>(), 3 * size_of::<T>())));
+    let mut dx = Some(Output::new(read.g, plan.dx_past_caches(size_of::<T>())));
     if let Some(visit) = &plan.dx {
         let out = [dx.as_mut(), None, None];
         read.visit::<T::WalkedAs>(visit, MeansFrom::Given(&means), false, out);

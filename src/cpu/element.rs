@@ -45,8 +45,8 @@ pub(super) trait Element: WithDType {
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> V<S, Self>;
     unsafe fn load_pair<S: Simd>(s: S, p: *const Self) -> [V<S, Self>; 2];
     unsafe fn load_part<S: Simd>(s: S, p: *const Self, n: usize) -> V<S, Self>;
-    unsafe fn store<S: Simd>(v: V<S, Self>, p: *mut Self, past: bool);
-    unsafe fn store_pair<S: Simd>(v: [V<S, Self>; 2], p: *mut Self, past: bool);
+    unsafe fn store<S: Simd>(v: V<S, Self>, p: *mut Self);
+    unsafe fn store_pair<S: Simd>(v: [V<S, Self>; 2], p: *mut Self);
     unsafe fn store_part<S: Simd>(v: V<S, Self>, p: *mut Self, n: usize);
 }
 
@@ -66,8 +66,8 @@ macro_rules! element {
             load(s: S, p: *const Self) -> S::$vector;
             load_pair(s: S, p: *const Self) -> [S::$vector; 2];
             load_part(s: S, p: *const Self, n: usize) -> S::$vector;
-            store(v: S::$vector, p: *mut Self, past: bool) -> ();
-            store_pair(v: [S::$vector; 2], p: *mut Self, past: bool) -> ();
+            store(v: S::$vector, p: *mut Self) -> ();
+            store_pair(v: [S::$vector; 2], p: *mut Self) -> ();
             store_part(v: S::$vector, p: *mut Self, n: usize) -> ();
             }
         }

@@ -81,10 +81,8 @@ fn add<T: Stored, R: Element<Acc = T::Acc>>(
     let visit = plan::ForwardPlan::new(g, Form::PerSpan(g.run), size_of::<R>(), true).y;
     let mut output = Output::new(g, false);
     let residual = Tensor { level, x: residual, width: g.width };
-    let scratch = || (Scratch::new(), vec![]);
-    let tiles = output.tiles(&visit.cut);
-    for_each(tiles, x.bytes(), scratch, |(scratch, added): &mut (Scratch<T>, _), mut sum| {
-        x.add(&residual, &sum.tile().clone(), &mut scratch.x, added, &mut sum);
+    for_each(output.tiles(&visit.cut), x.bytes(), Scratch::new, |scratch: &mut Scratch<T>, mut sum| {
+        x.add(&residual, &sum.tile().clone(), &mut scratch.x, &mut sum);
     });
     written(output)
 }
@@ -140,10 +138,10 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         (_, None) => StatsFrom::Tile(None),
     };
     let [x_bytes, sum_bytes] = [size_of::<T>(), if residual.is_some() { size_of::<R>() } else { 0 }];
-    // Of x, the residual, and y. The sum is read again behind a layer or two: it gives way to them.
-    let mut output = Output::new(g, plan::past_caches(g, x_bytes, 2 * x_bytes + sum_bytes));
-    let mut sum =
-        residual.map(|_| Output::new(g, plan::past_caches(g, sum_bytes, 2 * (x_bytes + sum_bytes))));
+    // Of x, the residual, and y.
+    let mut output = Output::new(g, plan.y.past_caches(x_bytes, 2 * x_bytes + sum_bytes));
+    // The sum is read back at once.
+    let mut sum = residual.map(|_| Output::new(g, false));
     let mut sums = sum.as_mut().map(|sum| sum.tiles(&plan.y.cut));
     let work = output.tiles(&plan.y.cut).map(move |y| {
         let stats = from.next(y.tile().sets(g).len());
@@ -151,29 +149,18 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
     });
     let (loops, eps) = (W::loops(level), T::Acc::from64(norm.eps));
     let staged = residual.is_some() || x.staged::<W>() || after.staged::<W>();
-    let scratch = || (Scratch::new(), vec![]);
-    for_each(
-        work,
-        x.bytes(),
-        scratch,
-        |(scratch, added): &mut (Scratch<T>, _), (mut y, mut stats, mut sum)| {
-            for piece in pieces(g, y.tile(), norm.fusion.tokens, staged) {
-                let x = match (&residual, &mut sum) {
-                    (Some(residual), Some(sum)) => {
-                        x.read_sum::<R, W>(residual, &piece, &mut scratch.x, added, sum)
-                    }
-                    _ => x.read::<W>(&piece, &mut scratch.x),
-                };
-                let (affine, stats) = (&affine.of_row(piece.rows.start, g), stats.next(piece.sets(g).len()));
-                after.write(y.part(&piece), &mut scratch.out, |y| {
-                    walks::forward(
-                        plan.y.walk,
-                        ForwardArgs { loops, g, eps, affine, x, tile: &piece, stats, y },
-                    );
-                });
-            }
-        },
-    );
+    for_each(work, x.bytes(), Scratch::new, |scratch: &mut Scratch<T>, (mut y, mut stats, mut sum)| {
+        for piece in pieces(g, y.tile(), norm.fusion.tokens, staged) {
+            let x = match (&residual, &mut sum) {
+                (Some(residual), Some(sum)) => x.read_sum::<R, W>(residual, &piece, &mut scratch.x, sum),
+                _ => x.read::<W>(&piece, &mut scratch.x),
+            };
+            let (affine, stats) = (&affine.of_row(piece.rows.start, g), stats.next(piece.sets(g).len()));
+            after.write(y.part(&piece), &mut scratch.out, |y| {
+                walks::forward(plan.y.walk, ForwardArgs { loops, g, eps, affine, x, tile: &piece, stats, y });
+            });
+        }
+    });
     let sum = sum.map(|sum| R::to_cpu_storage_owned(written(sum)));
     Ok(Outcome { y: written(output), stats, sum })
 }

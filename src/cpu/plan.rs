@@ -143,6 +143,11 @@ impl BackwardPlan {
         BackwardPlan { sums, dx: visit(dx, Origin::Given), means: Some(Origin::Given) }
     }
 
+    /// Whether dx, of `bytes` an element as x and dy are, is written past the caches.
+    pub fn dx_past_caches(&self, bytes: usize) -> bool {
+        self.dx.as_ref().is_some_and(|visit| visit.past_caches(bytes, 3 * bytes))
+    }
+
     /// dx alone, from known means.
     pub fn from_means(g: &Geometry, form: Form, bytes: usize) -> BackwardPlan {
         let dx = Some(Visit::new(g, form, Cut::sweep(g, bytes), Origin::Given, true));
@@ -155,23 +160,26 @@ impl BackwardPlan {
     }
 }
 
-/// Bytes of a run from which it is written past the caches: short ones alternate too often with reads that
-/// miss the caches. A line that two stores share, of which one goes through the caches, would cost more than is
-/// saved; hence the 16 bytes.
-const PAST_RUN: usize = 2048;
-
-/// The same of runs one behind the other, some at a time. LayerNorm of 65536x128 on a Zen 4, f32 (runs of 512 bytes): 2.6
-/// times as fast past the caches; bf16 (256): no faster, at AVX2 slower.
+/// Bytes from which what a loop writes in one piece goes past the caches: a line that two stores share, of which one goes
+/// through the caches, costs more than is saved; hence the 16 bytes, too. LayerNorm of 65536x128 on a Zen 4, f32 (512 bytes):
+/// 1.2 to 1.4 times as fast past the caches; bf16 (256): up to 1.5 times slower.
 const PAST_ROW: usize = 512;
 
-/// Whether an output is written past the caches, of `bytes` an element. `all`: of it and of x, of a residual and its sum, or
-/// of dy; skip and gate are not counted. Where
-/// these do not fit together, an output that goes through the caches has lost its beginning when somebody reads it from
-/// there, and what is read is lost, too. LayerNorm of 4096x1024 f32 on two threads of a Zen 4, 32 MiB of cache for 16 MiB each of x
-/// and y: 1.7 times as fast past them, and with y read afterwards 1.2 times; at 12 MiB in all no difference.
-pub(super) fn past_caches(g: &Geometry, bytes: usize, all: usize) -> bool {
-    let (run, least) = (g.run * bytes, if g.rows == 1 { PAST_ROW } else { PAST_RUN });
-    run.is_multiple_of(16) && run >= least && g.elements() * all >= past_from()
+impl Visit {
+    /// Whether an output is written past the caches, of `bytes` an element. `all`: of it and of x, of a residual and its sum,
+    /// or of dy; skip and gate are not counted. Where these do not fit together, an output that goes through the caches has
+    /// lost its beginning when somebody reads it from there, and what is read is lost, too. LayerNorm of 4096x1024 f32 on two
+    /// threads of a Zen 4, 32 MiB of cache for 16 MiB each of x and y: 1.7 times as fast past them, and with y read afterwards
+    /// 1.2 times; at 12 MiB in all no difference. Batch norm of 64x256x14x14, 13 MB each: 1.7 times.
+    pub fn past_caches(&self, bytes: usize, all: usize) -> bool {
+        let g = self.cut.geometry();
+        let row = bytes
+            * match self.walk {
+                Walk::Rows | Walk::Columns => g.width,
+                Walk::Runs | Walk::Sets => g.run,
+            };
+        row.is_multiple_of(16) && row >= PAST_ROW && g.elements() * all >= past_from()
+    }
 }
 
 /// Bytes of the last-level cache that a thread can have at most. A virtual machine reports all of its host's,

@@ -197,33 +197,28 @@ impl<'a, T: Stored> Source<'a, T> {
         staged(wide, tile)
     }
 
-    /// Writes a tile of `x + residual`, rounded to the residual's type, to `sum` and to scratch: the one may go
-    /// past the caches.
-    pub fn add<'s, R: Element<Acc = T::Acc>>(
+    /// Writes a tile of `x + residual`, rounded to the residual's type.
+    pub fn add<R: Element<Acc = T::Acc>>(
         &self,
         residual: &Tensor<R>,
         tile: &Tile,
-        Room { wide, gathered, .. }: &mut Room<T>,
-        scratch: &'s mut Vec<R>,
+        Room { wide, other, gathered }: &mut Room<T>,
         sum: &mut OutTile<R>,
-    ) -> &'s [R] {
+    ) {
         let level = self.tensor.level;
-        let scratch = room(scratch, tile.rows.len() * tile.columns.len());
-        for (strip, at) in strips(tile) {
-            let (x, n) = (self.raw(&strip, gathered), strip.columns.len());
-            let x = match x.same::<T::Acc>() {
-                Some(x) => x.whole(),
-                None => {
-                    let wide = room(wide, n);
-                    Conversions::<T>::of(level).widen(x.whole(), wide);
-                    Strided::row_of(wide)
-                }
-            };
-            let residual = residual.tile(&strip).whole();
-            let scratch = &mut scratch[at..at + n];
-            Conversions::<R>::of(level).add(x, residual, sum.part(&strip).whole(), scratch);
+        for (strip, _) in strips(tile) {
+            let (x, mut sum) = (self.raw(&strip, gathered), sum.part(&strip));
+            if let Some(x) = x.same::<R>() {
+                let residual = residual.tile(&strip).whole();
+                Conversions::<R>::of(level).add(x.whole(), residual, sum.whole());
+                continue;
+            }
+            // Of two types: in a third, and rounded.
+            let wide = room(wide, strip.columns.len());
+            Conversions::<T>::of(level).widen(x.whole(), wide);
+            R::Acc::fused(level).add(wide, residual.strip(&strip, other));
+            Conversions::<R>::of(level).narrow(Strided::row_of(wide), sum.whole());
         }
-        scratch
     }
 
     /// Writes a tile of `x + residual`, and reads that as a walk over `W` does.
@@ -232,15 +227,16 @@ impl<'a, T: Stored> Source<'a, T> {
         residual: &Tensor<R>,
         tile: &'s Tile,
         scratch: &'s mut Room<T>,
-        added: &'s mut Vec<R>,
-        sum: &mut OutTile<R>,
+        sum: &'s mut OutTile<R>,
     ) -> InTile<'s, W> {
-        let added = self.add(residual, tile, scratch, added, sum);
-        if let Some(added) = same::<R, W>(added) {
-            return InTile::alone(added, tile);
+        self.add(residual, tile, scratch, sum);
+        // SAFETY: all of the tile has just been written.
+        let sum = unsafe { sum.read(tile) };
+        if let Some(sum) = sum.same::<W>() {
+            return sum;
         }
-        let wide = room(&mut scratch.wide, added.len());
-        Conversions::<R>::of(self.tensor.level).widen(Strided::row_of(added), wide);
+        let wide = room(&mut scratch.wide, tile.rows.len() * tile.columns.len());
+        Conversions::<R>::of(self.tensor.level).widen(sum.whole(), wide);
         staged(wide, tile)
     }
 

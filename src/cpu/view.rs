@@ -6,8 +6,11 @@
 
 use super::element::Element;
 use super::tile::Tile;
+use super::vector::Simd;
 use std::any::TypeId;
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Range;
 
 /// The same elements, where `W` is `T`.
 pub(super) fn same<T: 'static, W: 'static>(x: &[T]) -> Option<&[W]> {
@@ -93,10 +96,58 @@ impl<'a, T> To<'a, T> {
         self.first.wrapping_add(r * self.stride)
     }
 
-    /// Whether to write past the caches from `p` on.
+    /// Row `r` as loops write it.
     #[inline(always)]
-    pub fn past(&self, p: *const T) -> bool {
-        self.past && p.addr().is_multiple_of(16)
+    pub fn strips<S: Simd>(&mut self, r: usize) -> Strips<T> {
+        let (row, n) = (self.row(r), self.n);
+        let past = S::STREAMS && self.past && row.addr().is_multiple_of(16);
+        let end = if past { n.min(STRIP_BYTES / size_of::<T>()) } else { n };
+        Strips { row, n, start: 0, end, past, buffer: Lines(MaybeUninit::uninit()) }
+    }
+}
+
+/// Bytes that a loop writes before they go past the caches: the first-level one keeps them. LayerNorm of 2048x4096 on one
+/// thread of a Zen 4 in bf16: 3.5 ms where every vector goes past the caches as it is made, in pieces of 16 bytes, 2.4 so; in
+/// f32 no slower. Strips of 512 bytes to 2 KiB are alike, of 4 KiB slower in f32.
+const STRIP_BYTES: usize = 1024;
+
+/// A cache line's alignment.
+#[repr(align(64))]
+struct Lines(MaybeUninit<[u8; STRIP_BYTES]>);
+
+/// A row that a loop writes: all of it where it lies; or, on its way past the caches, a strip at a time in a buffer.
+pub(super) struct Strips<T> {
+    row: *mut T,
+    n: usize,
+    /// What is being written.
+    start: usize,
+    end: usize,
+    past: bool,
+    buffer: Lines,
+}
+
+impl<T> Strips<T> {
+    /// `to.add(at)` may be written for every `at` of the range, and all of them are before `done` is called.
+    #[inline(always)]
+    pub fn strip(&mut self) -> (*mut T, Range<usize>) {
+        let buffer = self.buffer.0.as_mut_ptr().cast::<T>();
+        let to = if self.past { buffer.wrapping_sub(self.start) } else { self.row };
+        (to, self.start..self.end)
+    }
+
+    /// Ends a strip, and begins the next, if the row is not done.
+    #[inline(always)]
+    pub fn done<S: Simd>(&mut self, s: S) -> bool {
+        if !self.past {
+            return true;
+        }
+        let (to, bytes) = (self.row.wrapping_add(self.start), (self.end - self.start) * size_of::<T>());
+        // SAFETY: `strips` has looked at the alignment, which strips keep; the strip lies within the row, and has been
+        // written to the buffer.
+        unsafe { s.stream(self.buffer.0.as_ptr().cast(), to.cast(), bytes) }
+        self.start = self.end;
+        self.end = self.n.min(self.end + STRIP_BYTES / size_of::<T>());
+        self.start == self.n
     }
 }
 
@@ -209,6 +260,18 @@ impl<'a, T: Element> OutTile<'a, T> {
         let (first, stride, past) = (self.first.cast(), self.stride, self.past);
         let tile = || OutTile { first, stride, tile: self.tile.clone(), past, lifetime: PhantomData };
         (TypeId::of::<T>() == TypeId::of::<W>()).then(tile)
+    }
+
+    /// A part of it without gaps between its rows, to be read.
+    ///
+    /// # Safety
+    /// All of the part has been written.
+    pub unsafe fn read<'s>(&'s mut self, tile: &'s Tile) -> InTile<'s, T> {
+        let part = self.part(tile);
+        let (rows, n) = (tile.rows.len(), tile.columns.len());
+        assert!(rows == 1 || n == part.stride);
+        // SAFETY: the part lies within the tile, which no other touches; the caller vouches for the elements.
+        InTile::alone(unsafe { std::slice::from_raw_parts(part.first, rows * n) }, tile)
     }
 
     pub fn tile(&self) -> &Tile {

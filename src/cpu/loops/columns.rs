@@ -113,7 +113,7 @@ fn spilled<S: Simd, T: Element, const K: usize>(v: [V<S, T>; K]) -> [T::Acc; WID
     let mut array = [T::Acc::ZERO; WIDEST];
     for k in 0..K {
         // SAFETY: `K` vectors have no more than `WIDEST` lanes.
-        unsafe { T::Acc::store(v[k], array.as_mut_ptr().add(k * V::<S, T>::W), false) };
+        unsafe { T::Acc::store(v[k], array.as_mut_ptr().add(k * V::<S, T>::W)) };
     }
     array
 }

@@ -5,9 +5,9 @@
 //! for each as for those would be the larger half of the kernels.
 #![allow(unsafe_code)]
 
-use super::maps::of_row;
+use super::maps::{of_row, AHEAD};
 use super::sums::{splats, starts};
-use super::{each_vector, get, put, Stored};
+use super::{each_span, each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
 use crate::cpu::vector::{Simd, Vector};
@@ -89,18 +89,6 @@ impl<T: Element> Behind<Strided<'_, T>> {
 }
 
 impl<T: Element> Behind<*const T> {
-    /// The rest of a row.
-    #[inline(always)]
-    fn from(mut self, at: usize) -> Self {
-        if let Some(skip) = &mut self.skip {
-            *skip = skip.wrapping_add(at);
-        }
-        if let Some(gate) = &mut self.gate {
-            *gate = gate.wrapping_add(at);
-        }
-        self
-    }
-
     /// What becomes of z, which is of `k` elements from `at` on.
     ///
     /// # Safety
@@ -108,8 +96,11 @@ impl<T: Element> Behind<*const T> {
     #[inline(always)]
     unsafe fn of<S: Simd, const KIND: u8>(&self, s: S, z: V<S, T>, at: usize, k: usize) -> V<S, T> {
         let z = match (KIND, self.skip) {
-            // SAFETY: the caller's.
-            (SKIP | SKIP_RELU | OTHER, Some(skip)) => z + unsafe { get::<S, T>(s, skip.add(at), k) },
+            (SKIP | SKIP_RELU | OTHER, Some(skip)) => {
+                s.prefetch(skip.wrapping_add(at + AHEAD));
+                // SAFETY: the caller's.
+                z + unsafe { get::<S, T>(s, skip.add(at), k) }
+            }
             _ => z,
         };
         let z = match (KIND, self.activation) {
@@ -120,6 +111,7 @@ impl<T: Element> Behind<*const T> {
         };
         match (KIND, self.gate) {
             (GATE | OTHER, Some(gate)) => {
+                s.prefetch(gate.wrapping_add(at + AHEAD));
                 // SAFETY: the caller's.
                 z * T::Acc::value(s, Activation::Silu, unsafe { get::<S, T>(s, gate.add(at), k) })
             }
@@ -138,16 +130,22 @@ pub(super) fn finish<S: Simd, T: Element>(
     let (w, n) = (V::<S, T>::W, z.n);
     assert!(y.n == n && y.rows == z.rows);
     for r in 0..z.rows {
-        let (p, to, row) = (z.row(r), y.row(r), behind.row(r, [z.rows, n]));
-        let (past, mut at) = (y.past(to), 0);
-        while at < n {
-            let k = w.min(n - at);
-            // SAFETY: all places are below `n`, which all have.
-            unsafe {
-                let z = get::<S, T::Acc>(s, p.add(at), k);
-                put::<S, T>(row.of::<S, OTHER>(s, z, at, k), to.add(at), k, past);
+        let (p, row, mut strips) = (z.row(r), behind.row(r, [z.rows, n]), y.strips::<S>(r));
+        loop {
+            let (to, strip) = strips.strip();
+            let mut at = strip.start;
+            while at < strip.end {
+                let k = w.min(strip.end - at);
+                // SAFETY: all places are below `n`, which all have, and of the strip.
+                unsafe {
+                    let z = get::<S, T::Acc>(s, p.add(at), k);
+                    put::<S, T>(row.of::<S, OTHER>(s, z, at, k), to.wrapping_add(at), k);
+                }
+                at += k;
             }
-            at += k;
+            if strips.done(s) {
+                break;
+            }
         }
     }
 }
@@ -195,60 +193,67 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
-        let (p, to, row) = (x.row(r), y.row(r), behind.row(r, [x.rows, n]));
-        match *line {
-            Line::Spans { span, constants, ahead } => {
-                let spans = n / span;
-                assert!(spans * span == n);
-                for (i, c) in of_row(constants, spans, r).iter().enumerate() {
-                    let ([high, scale, bias], from) = (splats::<S, T, _>(s, c), i * span);
-                    let (p, to, row) = (p.wrapping_add(from), to.wrapping_add(from), row.from(from));
-                    let past = y.past(to);
-                    // SAFETY: the spans lie within the blocks' rows, by the assertions.
+        let (p, row, mut strips) = (x.row(r), behind.row(r, [x.rows, n]), y.strips::<S>(r));
+        loop {
+            let (to, strip) = strips.strip();
+            match *line {
+                Line::Spans { span, constants, ahead } => {
+                    let spans = n / span;
+                    assert!(spans * span == n);
+                    let constants = of_row(constants, spans, r);
+                    each_span!(strip, span, |i, part| {
+                        let [high, scale, bias] = splats::<S, T, _>(s, &constants[i]);
+                        // SAFETY: the spans lie within the blocks' rows, by the assertions, and the part within the strip.
+                        unsafe {
+                            each_vector!(w, part, |at, k| {
+                                let z = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(scale, bias);
+                                put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.wrapping_add(at), k);
+                                s.prefetch(p.wrapping_add(at + ahead));
+                            })
+                        }
+                    });
+                }
+                Line::Columns { weight, bias, constants, ahead } => {
+                    assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
+                    let [high, rstd, shift] = splats::<S, T, _>(s, &of_row(constants, 1, r)[0]);
+                    // Of no bias, the number that changes no bit: one loop for both, and every kind.
+                    let none = [-T::Acc::ZERO; MOST_LANES];
+                    let (bias, step) = bias.map_or((none.as_ptr(), 0), |b| (b.as_ptr(), 1));
+                    let weight = weight.as_ptr();
+                    // SAFETY: all places are below `n`, which all have, and of the strip; `none` has those of a vector.
                     unsafe {
-                        each_vector!(w, span, |at, k| {
-                            let z = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(scale, bias);
-                            put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
+                        each_vector!(w, strip, |at, k| {
+                            let xhat = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(rstd, shift);
+                            let weight = get::<S, T::Acc>(s, weight.add(at), k);
+                            let z = xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at * step), k));
+                            put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.wrapping_add(at), k);
                             s.prefetch(p.wrapping_add(at + ahead));
                         })
                     }
                 }
-            }
-            Line::Columns { weight, bias, constants, ahead } => {
-                assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
-                let [high, rstd, shift] = splats::<S, T, _>(s, &of_row(constants, 1, r)[0]);
-                // Of no bias, the number that changes no bit: one loop for both, and every kind.
-                let none = [-T::Acc::ZERO; MOST_LANES];
-                let (bias, step) = bias.map_or((none.as_ptr(), 0), |b| (b.as_ptr(), 1));
-                let (weight, past) = (weight.as_ptr(), y.past(to));
-                // SAFETY: all places are below `n`, which all have; `none` has those of a vector.
-                unsafe {
-                    each_vector!(w, n, |at, k| {
-                        let xhat = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(rstd, shift);
-                        let weight = get::<S, T::Acc>(s, weight.add(at), k);
-                        let z = xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at * step), k));
-                        put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
-                        s.prefetch(p.wrapping_add(at + ahead));
-                    })
+                Line::Each { constants, rows } => {
+                    assert!(constants.iter().all(|c| c.len() >= n));
+                    let [high, scale, bias] = starts(constants);
+                    let of_row = match rows {
+                        Some([weight, bias]) => [weight[r], bias[r]],
+                        None => [T::Acc::ONE, -T::Acc::ZERO],
+                    };
+                    let [row_weight, row_bias] = splats::<S, T, _>(s, &of_row);
+                    // SAFETY: all places are below `n`, which all have, and of the strip.
+                    unsafe {
+                        each_vector!(w, strip, |at, k| {
+                            let d =
+                                get::<S, T::WalkedAs>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                            let scale = get::<S, T::Acc>(s, scale.add(at), k);
+                            let z =
+                                d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k)).fma(row_weight, row_bias);
+                            put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.wrapping_add(at), k);
+                        })
+                    }
                 }
             }
-            Line::Each { constants, rows } => {
-                assert!(constants.iter().all(|c| c.len() >= n));
-                let ([high, scale, bias], past) = (starts(constants), y.past(to));
-                let of_row = match rows {
-                    Some([weight, bias]) => [weight[r], bias[r]],
-                    None => [T::Acc::ONE, -T::Acc::ZERO],
-                };
-                let [row_weight, row_bias] = splats::<S, T, _>(s, &of_row);
-                // SAFETY: all places are below `n`, which all have.
-                unsafe {
-                    each_vector!(w, n, |at, k| {
-                        let d = get::<S, T::WalkedAs>(s, p.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
-                        let scale = get::<S, T::Acc>(s, scale.add(at), k);
-                        let z = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k)).fma(row_weight, row_bias);
-                        put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.add(at), k, past);
-                    })
-                }
+            if strips.done(s) {
+                break;
             }
         }
     }

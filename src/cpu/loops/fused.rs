@@ -26,7 +26,7 @@ macro_rules! in_place {
                 $(let $z = get::<S, $T>($s, $z.add(at), k);)*
                 $(let $b = get::<S, $T>($s, $b.add(at), k);)*
                 for (p, v) in places.into_iter().zip($values) {
-                    put::<S, $T>(v, p, k, false);
+                    put::<S, $T>(v, p, k);
                 }
             }
             at += k;

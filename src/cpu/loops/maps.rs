@@ -1,16 +1,18 @@
 //! Maps from x to y, from x and dy to dx, and between types: each element is written once, and what is `ahead` of what
 //! is read is asked for.
-//!
-//! Constants come by `map`, not by `splats`: with those the compiler tests in bf16's loops, for each vector, whether it
-//! goes past the caches, which is a tenth of their instructions.
 #![allow(unsafe_code)]
 
 use super::sums::{splat, starts};
-use super::{each_vector, get, pairwise, put};
+use super::{each_span, each_vector, get, pairwise, put};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::{Strided, To};
 use crate::fusion::Activation;
+
+/// Elements that are asked for ahead of what a loop reads of a tensor that no other loop has asked for: a page and more, which
+/// the processor's own prefetching does not cross. Addition and RMS norm of 4096x4096 f32 on two threads of a Zen 4: 10.7 ms
+/// without, 8.1 so; with 256 elements 10.8, with 8192 9.6.
+pub(super) const AHEAD: usize = 1024;
 
 /// The constants of row `r`, where `per_row` belong to each: all of them where there are no more.
 #[inline(always)]
@@ -34,30 +36,34 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
     let spans = x.n / span;
     assert!(y.n == x.n && y.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
-        let (mut x, mut y_row) = (x.row(r), y.row(r));
-        for c in of_row(constants, spans, r) {
-            let [high, scale, bias] = c.map(|c| splat::<S, T>(s, c));
-            let past = y.past(y_row);
-            // SAFETY: the spans lie within the blocks' rows, by the assertion.
-            unsafe {
-                pairwise!(
-                    w,
-                    span,
-                    |at| {
-                        let p = x.add(at);
-                        let [a, b] = T::load_pair(s, p);
-                        let pair = [(a - high).fma(scale, bias), (b - high).fma(scale, bias)];
-                        T::store_pair::<S>(pair, y_row.add(at), past);
-                        s.prefetch(p.wrapping_add(ahead));
-                        s.prefetch(p.wrapping_add(ahead + w));
-                    },
-                    |at, k| {
-                        let v = get::<S, T>(s, x.add(at), k);
-                        put::<S, T>((v - high).fma(scale, bias), y_row.add(at), k, past);
-                        s.prefetch(x.wrapping_add(at + ahead));
-                    }
-                );
-                (x, y_row) = (x.add(span), y_row.add(span));
+        let (x, constants, mut strips) = (x.row(r), of_row(constants, spans, r), y.strips::<S>(r));
+        loop {
+            let (to, strip) = strips.strip();
+            each_span!(strip, span, |i, part| {
+                let [high, scale, bias] = constants[i].map(|c| splat::<S, T>(s, c));
+                // SAFETY: the spans lie within the blocks' rows, by the assertion, and the part within the strip.
+                unsafe {
+                    pairwise!(
+                        w,
+                        part,
+                        |at| {
+                            let p = x.add(at);
+                            let [a, b] = T::load_pair(s, p);
+                            let pair = [(a - high).fma(scale, bias), (b - high).fma(scale, bias)];
+                            T::store_pair::<S>(pair, to.wrapping_add(at));
+                            s.prefetch(p.wrapping_add(ahead));
+                            s.prefetch(p.wrapping_add(ahead + w));
+                        },
+                        |at, k| {
+                            let v = get::<S, T>(s, x.add(at), k);
+                            put::<S, T>((v - high).fma(scale, bias), to.wrapping_add(at), k);
+                            s.prefetch(x.wrapping_add(at + ahead));
+                        }
+                    );
+                }
+            });
+            if strips.done(s) {
+                break;
             }
         }
     }
@@ -77,27 +83,34 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
     assert!(y.n == n && y.rows == x.rows && weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
     let weight = weight.as_ptr();
     for r in 0..x.rows {
-        let (x, y_row) = (x.row(r), y.row(r));
-        let past = y.past(y_row);
+        let (x, mut strips) = (x.row(r), y.strips::<S>(r));
         let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
-        // SAFETY: all places are below `n`, which all have.
-        unsafe {
-            match bias {
-                Some(bias) => {
-                    let bias = bias.as_ptr();
-                    each_vector!(w, n, |at, k| {
+        loop {
+            let (to, strip) = strips.strip();
+            // SAFETY: all places are below `n`, which all have, and of the strip.
+            unsafe {
+                match bias {
+                    Some(bias) => {
+                        let bias = bias.as_ptr();
+                        each_vector!(w, strip, |at, k| {
+                            let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
+                            let (w, b) = (
+                                get::<S, T::Acc>(s, weight.add(at), k),
+                                get::<S, T::Acc>(s, bias.add(at), k),
+                            );
+                            put::<S, T>(xhat.fma(w, b), to.wrapping_add(at), k);
+                            s.prefetch(x.wrapping_add(at + ahead));
+                        })
+                    }
+                    None => each_vector!(w, strip, |at, k| {
                         let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
-                        let (w, b) =
-                            (get::<S, T::Acc>(s, weight.add(at), k), get::<S, T::Acc>(s, bias.add(at), k));
-                        put::<S, T>(xhat.fma(w, b), y_row.add(at), k, past);
+                        put::<S, T>(xhat * get::<S, T::Acc>(s, weight.add(at), k), to.wrapping_add(at), k);
                         s.prefetch(x.wrapping_add(at + ahead));
-                    })
+                    }),
                 }
-                None => each_vector!(w, n, |at, k| {
-                    let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
-                    put::<S, T>(xhat * get::<S, T::Acc>(s, weight.add(at), k), y_row.add(at), k, past);
-                    s.prefetch(x.wrapping_add(at + ahead));
-                }),
+            }
+            if strips.done(s) {
+                break;
             }
         }
     }
@@ -115,26 +128,31 @@ pub(super) fn scale_each<S: Simd, T: Element>(
     assert!(y.n == n && y.rows == x.rows && constants.iter().all(|c| c.len() >= n));
     let [high, scale, bias] = starts(constants);
     for r in 0..x.rows {
-        let (x, y_row) = (x.row(r), y.row(r));
-        let past = y.past(y_row);
-        // SAFETY: all places are below `n`, which all have.
-        unsafe {
-            macro_rules! each {
-                (|$v:ident| $finished:expr) => {
-                    each_vector!(w, n, |at, k| {
-                        let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
-                        let scale = get::<S, T::Acc>(s, scale.add(at), k);
-                        let $v = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
-                        put::<S, T>($finished, y_row.add(at), k, past);
-                    })
-                };
-            }
-            match rows {
-                None => each!(|v| v),
-                Some([weight, bias]) => {
-                    let (weight, bias) = (splat::<S, T>(s, weight[r]), splat::<S, T>(s, bias[r]));
-                    each!(|v| v.fma(weight, bias))
+        let (x, mut strips) = (x.row(r), y.strips::<S>(r));
+        loop {
+            let (to, strip) = strips.strip();
+            // SAFETY: all places are below `n`, which all have, and of the strip.
+            unsafe {
+                macro_rules! each {
+                    (|$v:ident| $finished:expr) => {
+                        each_vector!(w, strip, |at, k| {
+                            let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                            let scale = get::<S, T::Acc>(s, scale.add(at), k);
+                            let $v = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
+                            put::<S, T>($finished, to.wrapping_add(at), k);
+                        })
+                    };
                 }
+                match rows {
+                    None => each!(|v| v),
+                    Some([weight, bias]) => {
+                        let (weight, bias) = (splat::<S, T>(s, weight[r]), splat::<S, T>(s, bias[r]));
+                        each!(|v| v.fma(weight, bias))
+                    }
+                }
+            }
+            if strips.done(s) {
+                break;
             }
         }
     }
@@ -154,33 +172,38 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
     let spans = x.n / span;
     assert!(dy.n == x.n && dy.rows == x.rows && dx.n == x.n && dx.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
-        let (mut x, mut dy, mut dx_row) = (x.row(r), dy.row(r), dx.row(r));
-        for c in of_row(constants, spans, r) {
-            let [high, x_scale, shift, weight] = c.map(|c| splat::<S, T>(s, c));
-            let past = dx.past(dx_row);
-            // SAFETY: the spans lie within the blocks' rows, by the assertion.
-            unsafe {
-                pairwise!(
-                    w,
-                    span,
-                    |at| {
-                        let (px, pdy) = (x.add(at), dy.add(at));
-                        let ([xa, xb], [a, b]) = (T::load_pair(s, px), T::load_pair(s, pdy));
-                        let a = a.fma(weight, (xa - high).fma(x_scale, shift));
-                        let b = b.fma(weight, (xb - high).fma(x_scale, shift));
-                        T::store_pair::<S>([a, b], dx_row.add(at), past);
-                        s.prefetch(px.wrapping_add(ahead));
-                        s.prefetch(px.wrapping_add(ahead + w));
-                        s.prefetch(pdy.wrapping_add(ahead));
-                        s.prefetch(pdy.wrapping_add(ahead + w));
-                    },
-                    |at, k| {
-                        let line = (get::<S, T>(s, x.add(at), k) - high).fma(x_scale, shift);
-                        let dy = get::<S, T>(s, dy.add(at), k);
-                        put::<S, T>(dy.fma(weight, line), dx_row.add(at), k, past);
-                    }
-                );
-                (x, dy, dx_row) = (x.add(span), dy.add(span), dx_row.add(span));
+        let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
+        let constants = of_row(constants, spans, r);
+        loop {
+            let (to, strip) = strips.strip();
+            each_span!(strip, span, |i, part| {
+                let [high, x_scale, shift, weight] = constants[i].map(|c| splat::<S, T>(s, c));
+                // SAFETY: the spans lie within the blocks' rows, by the assertion, and the part within the strip.
+                unsafe {
+                    pairwise!(
+                        w,
+                        part,
+                        |at| {
+                            let (px, pdy) = (x.add(at), dy.add(at));
+                            let ([xa, xb], [a, b]) = (T::load_pair(s, px), T::load_pair(s, pdy));
+                            let a = a.fma(weight, (xa - high).fma(x_scale, shift));
+                            let b = b.fma(weight, (xb - high).fma(x_scale, shift));
+                            T::store_pair::<S>([a, b], to.wrapping_add(at));
+                            s.prefetch(px.wrapping_add(ahead));
+                            s.prefetch(px.wrapping_add(ahead + w));
+                            s.prefetch(pdy.wrapping_add(ahead));
+                            s.prefetch(pdy.wrapping_add(ahead + w));
+                        },
+                        |at, k| {
+                            let line = (get::<S, T>(s, x.add(at), k) - high).fma(x_scale, shift);
+                            let dy = get::<S, T>(s, dy.add(at), k);
+                            put::<S, T>(dy.fma(weight, line), to.wrapping_add(at), k);
+                        }
+                    );
+                }
+            });
+            if strips.done(s) {
+                break;
             }
         }
     }
@@ -200,19 +223,24 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
     assert!(dy.n == n && dy.rows == x.rows && dx.n == n && dx.rows == x.rows && weight.len() >= n);
     let weight = weight.as_ptr();
     for r in 0..x.rows {
-        let (x, dy, dx_row) = (x.row(r), dy.row(r), dx.row(r));
-        let past = dx.past(dx_row);
+        let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let [high, x_scale, shift, rstd] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
-        // SAFETY: all places are below `n`, which all have.
-        unsafe {
-            each_vector!(w, n, |at, k| {
-                let (d, dy_at) = (get::<S, T>(s, x.add(at), k) - high, get::<S, T>(s, dy.add(at), k));
-                let weight = get::<S, T::Acc>(s, weight.add(at), k);
-                let v = (dy_at * rstd).fma(weight, d.fma(x_scale, shift));
-                put::<S, T>(v, dx_row.add(at), k, past);
-                s.prefetch(x.wrapping_add(at + ahead));
-                s.prefetch(dy.wrapping_add(at + ahead));
-            })
+        loop {
+            let (to, strip) = strips.strip();
+            // SAFETY: all places are below `n`, which all have, and of the strip.
+            unsafe {
+                each_vector!(w, strip, |at, k| {
+                    let (d, dy_at) = (get::<S, T>(s, x.add(at), k) - high, get::<S, T>(s, dy.add(at), k));
+                    let weight = get::<S, T::Acc>(s, weight.add(at), k);
+                    let v = (dy_at * rstd).fma(weight, d.fma(x_scale, shift));
+                    put::<S, T>(v, to.wrapping_add(at), k);
+                    s.prefetch(x.wrapping_add(at + ahead));
+                    s.prefetch(dy.wrapping_add(at + ahead));
+                })
+            }
+            if strips.done(s) {
+                break;
+            }
         }
     }
 }
@@ -231,19 +259,24 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
     assert!(constants.iter().all(|c| c.len() >= n));
     let [high, x_scale, shift, scale] = starts(constants);
     for r in 0..x.rows {
-        let (x, dy, dx_row) = (x.row(r), dy.row(r), dx.row(r));
-        let past = dx.past(dx_row);
+        let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let weight = splat::<S, T>(s, weight.map_or(T::Acc::ONE, |w| w[r]));
-        // SAFETY: all places are below `n`, which all have.
-        unsafe {
-            each_vector!(w, n, |at, k| {
-                let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
-                let x_scale = get::<S, T::Acc>(s, x_scale.add(at), k);
-                let line = d.fma(x_scale, get::<S, T::Acc>(s, shift.add(at), k));
-                let g = get::<S, T>(s, dy.add(at), k) * weight;
-                let v = g.fma(get::<S, T::Acc>(s, scale.add(at), k), line);
-                put::<S, T>(v, dx_row.add(at), k, past);
-            })
+        loop {
+            let (to, strip) = strips.strip();
+            // SAFETY: all places are below `n`, which all have, and of the strip.
+            unsafe {
+                each_vector!(w, strip, |at, k| {
+                    let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
+                    let x_scale = get::<S, T::Acc>(s, x_scale.add(at), k);
+                    let line = d.fma(x_scale, get::<S, T::Acc>(s, shift.add(at), k));
+                    let g = get::<S, T>(s, dy.add(at), k) * weight;
+                    let v = g.fma(get::<S, T::Acc>(s, scale.add(at), k), line);
+                    put::<S, T>(v, to.wrapping_add(at), k);
+                })
+            }
+            if strips.done(s) {
+                break;
+            }
         }
     }
 }
@@ -257,8 +290,9 @@ pub(super) fn widen<S: Simd, T: Element>(s: S, x: Strided<T>, y: &mut [T::Acc]) 
         // SAFETY: all places are below `n`, which the row and its place in y have.
         unsafe {
             let y = y.as_mut_ptr().add(r * n);
-            each_vector!(w, n, |at, k| {
-                put::<S, T::Acc>(get::<S, T>(s, p.add(at), k), y.add(at), k, false);
+            each_vector!(w, 0..n, |at, k| {
+                put::<S, T::Acc>(get::<S, T>(s, p.add(at), k), y.add(at), k);
+                s.prefetch(p.wrapping_add(at + AHEAD));
             })
         }
     }
@@ -273,9 +307,11 @@ pub(super) fn gated<S: Simd, T: Element>(s: S, x: Strided<T>, gate: Strided<T>, 
         // SAFETY: all places are below `n`, which the rows and their place in y have.
         unsafe {
             let y = y.as_mut_ptr().add(r * n);
-            each_vector!(w, n, |at, k| {
+            each_vector!(w, 0..n, |at, k| {
                 let by = T::Acc::value(s, Activation::Silu, get::<S, T>(s, gate.add(at), k));
-                put::<S, T::Acc>(get::<S, T>(s, p.add(at), k) * by, y.add(at), k, false);
+                put::<S, T::Acc>(get::<S, T>(s, p.add(at), k) * by, y.add(at), k);
+                s.prefetch(p.wrapping_add(at + AHEAD));
+                s.prefetch(gate.wrapping_add(at + AHEAD));
             })
         }
     }
@@ -286,32 +322,42 @@ pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Strided<T::Acc>, mut y: To<T>
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
-        let (p, y_row) = (x.row(r), y.row(r));
-        let past = y.past(y_row);
-        // SAFETY: all places are below `n`, which both have.
-        unsafe {
-            each_vector!(w, n, |at, k| {
-                put::<S, T>(get::<S, T::Acc>(s, p.add(at), k), y_row.add(at), k, past);
-            })
+        let (p, mut strips) = (x.row(r), y.strips::<S>(r));
+        loop {
+            let (to, strip) = strips.strip();
+            // SAFETY: all places are below `n`, which both have, and of the strip.
+            unsafe {
+                each_vector!(w, strip, |at, k| {
+                    put::<S, T>(get::<S, T::Acc>(s, p.add(at), k), to.wrapping_add(at), k);
+                })
+            }
+            if strips.done(s) {
+                break;
+            }
         }
     }
 }
 
 #[inline(always)]
-pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T::Acc>, b: Strided<T>, mut y: To<T>, z: &mut [T]) {
+pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T>, b: Strided<T>, mut y: To<T>) {
     let (w, n) = (V::<S, T>::W, x.n);
-    assert!(b.n == n && b.rows == x.rows && y.n == n && y.rows == x.rows && z.len() >= x.rows * n);
+    assert!(b.n == n && b.rows == x.rows && y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
-        let (x, b, y_row) = (x.row(r), b.row(r), y.row(r));
-        let past = y.past(y_row);
-        // SAFETY: all places are below `n`, which the rows and their place in z have.
-        unsafe {
-            let z = z.as_mut_ptr().add(r * n);
-            each_vector!(w, n, |at, k| {
-                let v = get::<S, T::Acc>(s, x.add(at), k) + get::<S, T>(s, b.add(at), k);
-                put::<S, T>(v, z.add(at), k, false);
-                put::<S, T>(v, y_row.add(at), k, past);
-            })
+        let (x, b, mut strips) = (x.row(r), b.row(r), y.strips::<S>(r));
+        loop {
+            let (to, strip) = strips.strip();
+            // SAFETY: all places are below `n`, which all have, and of the strip.
+            unsafe {
+                each_vector!(w, strip, |at, k| {
+                    let v = get::<S, T>(s, x.add(at), k) + get::<S, T>(s, b.add(at), k);
+                    put::<S, T>(v, to.wrapping_add(at), k);
+                    s.prefetch(x.wrapping_add(at + AHEAD));
+                    s.prefetch(b.wrapping_add(at + AHEAD));
+                })
+            }
+            if strips.done(s) {
+                break;
+            }
         }
     }
 }

@@ -182,8 +182,8 @@ table! {
         narrow = maps::narrow, (x: Strided<T::Acc>, y: To<T>);
         /// What stands behind a norm, done to z, and rounded to y.
         finish = finish::finish, (z: Strided<T::Acc>, y: To<T>, behind: Behind<Strided<T>>);
-        /// `x + b` rounded, to y and, one row behind the other, to `z`.
-        add = maps::add, (x: Strided<T::Acc>, b: Strided<T>, y: To<T>, z: &mut [T]);
+        /// `x + b`, rounded.
+        add = maps::add, (x: Strided<T>, b: Strided<T>, y: To<T>);
     }
 }
 
@@ -253,11 +253,11 @@ impl Stored for f16 {
     type WalkedAs = f32;
 }
 
-/// `$body` for every vector of `0..$n`: `$at`, and `$k` elements of it that exist, at most `$w`.
+/// `$body` for every vector of `$range`: `$at`, and `$k` elements of it that exist, at most `$w`.
 macro_rules! each_vector {
-    ($w:expr, $n:expr, |$at:ident, $k:ident| $body:block) => {{
-        let (w, n) = ($w, $n);
-        let mut $at = 0;
+    ($w:expr, $range:expr, |$at:ident, $k:ident| $body:block) => {{
+        let (w, range) = ($w, $range);
+        let (mut $at, n) = (range.start, range.end);
         while $at + w <= n {
             {
                 let $k = w;
@@ -273,12 +273,27 @@ macro_rules! each_vector {
 }
 use each_vector;
 
-/// `$two` for pairs of vectors of `0..$n`, from `$pair` on; `$one` for what is left, a vector and the rest of
+/// `$body` for every span of `$n` columns, or part of one, in `$range`: `$i`, and its columns there.
+macro_rules! each_span {
+    ($range:expr, $n:expr, |$i:ident, $part:ident| $body:block) => {{
+        let (range, n) = ($range, $n);
+        let (mut at, mut $i) = (range.start, range.start / n);
+        while at < range.end {
+            let $part = at..range.end.min(($i + 1) * n);
+            at = $part.end;
+            $body
+            $i += 1;
+        }
+    }};
+}
+use each_span;
+
+/// `$two` for pairs of vectors of `$range`, from `$pair` on; `$one` for what is left, a vector and the rest of
 /// one.
 macro_rules! pairwise {
-    ($w:expr, $n:expr, |$pair:ident| $two:block, |$at:ident, $k:ident| $one:block) => {{
-        let (w, n) = ($w, $n);
-        let mut $pair = 0;
+    ($w:expr, $range:expr, |$pair:ident| $two:block, |$at:ident, $k:ident| $one:block) => {{
+        let (w, range) = ($w, $range);
+        let (mut $pair, n) = (range.start, range.end);
         while $pair + 2 * w <= n {
             $two
             $pair += 2 * w;
@@ -313,11 +328,11 @@ unsafe fn get<S: Simd, T: Element>(s: S, p: *const T, k: usize) -> V<S, T> {
 /// # Safety
 /// They may be written.
 #[inline(always)]
-unsafe fn put<S: Simd, T: Element>(v: V<S, T>, p: *mut T, k: usize, past: bool) {
+unsafe fn put<S: Simd, T: Element>(v: V<S, T>, p: *mut T, k: usize) {
     // SAFETY: the caller's.
     unsafe {
         match k == <V<S, T> as Vector<S, T::Acc>>::W {
-            true => T::store(v, p, past),
+            true => T::store(v, p),
             false => T::store_part(v, p, k),
         }
     }

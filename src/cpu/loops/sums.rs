@@ -211,7 +211,7 @@ fn some_moments<S: Simd, T: Element, const R: usize>(
         unsafe {
             pairwise!(
                 w,
-                n,
+                0..n,
                 |at| {
                     for r in 0..R {
                         let [a, b] = T::load_pair(s, p[r].add(at));
@@ -236,7 +236,7 @@ fn some_moments<S: Simd, T: Element, const R: usize>(
     unsafe {
         pairwise!(
             w,
-            n,
+            0..n,
             |at| {
                 for r in 0..R {
                     let [a, b] = T::load_pair(s, p[r].add(at));
@@ -279,15 +279,15 @@ pub(super) fn run_sums<S: Simd, T: Element>(
                 let (p, lanes) = (x.row(r).add(i * run), lanes.as_mut_ptr().add(i * w));
                 let mut sum = T::Acc::load(s, lanes);
                 match squares {
-                    true => each_vector!(w, run, |at, k| {
+                    true => each_vector!(w, 0..run, |at, k| {
                         let d = (get::<S, T>(s, p.add(at), k) - base).keep(k);
                         sum = d.fma(d, sum);
                     }),
-                    false => each_vector!(w, run, |at, k| {
+                    false => each_vector!(w, 0..run, |at, k| {
                         sum = sum + (get::<S, T>(s, p.add(at), k) - base).keep(k);
                     }),
                 }
-                T::Acc::store(sum, lanes, false);
+                T::Acc::store(sum, lanes);
             }
         }
     }
@@ -402,7 +402,7 @@ fn some_dots<S: Simd, T: Element, const R: usize>(
     let weight = weight.as_ptr();
     // SAFETY: all places are below `n`, which all have.
     unsafe {
-        each_vector!(w, n, |at, k| {
+        each_vector!(w, 0..n, |at, k| {
             let weight = get::<S, T::Acc>(s, weight.add(at), k);
             for r in 0..R {
                 let d = (get::<S, T>(s, x[r].add(at), k) - highs[r]).keep(k);
@@ -438,13 +438,13 @@ pub(super) fn span_dots<S: Simd, T: Element>(
                 let (x, dy) = (x.row(r).add(i * span), dy.row(r).add(i * span));
                 let lanes = [g.as_mut_ptr().add(i * w), gx.as_mut_ptr().add(i * w)];
                 let (mut g, mut gx) = (T::Acc::load(s, lanes[0]), T::Acc::load(s, lanes[1]));
-                each_vector!(w, span, |at, k| {
+                each_vector!(w, 0..span, |at, k| {
                     let dy = get::<S, T>(s, dy.add(at), k);
                     g = g + dy;
                     gx = dy.fma((get::<S, T>(s, x.add(at), k) - high).keep(k), gx);
                 });
-                T::Acc::store(g, lanes[0], false);
-                T::Acc::store(gx, lanes[1], false);
+                T::Acc::store(g, lanes[0]);
+                T::Acc::store(gx, lanes[1]);
             }
         }
     }
@@ -492,7 +492,7 @@ fn add_some_columns<S: Simd, T: Element, const R: usize>(
     let (dw, db) = (dw.as_mut_ptr(), db.as_mut_ptr());
     // SAFETY: all places are below `n`, which all have.
     unsafe {
-        each_vector!(w, n, |at, k| {
+        each_vector!(w, 0..n, |at, k| {
             let (dw, db) = (dw.add(at), db.add(at));
             let (mut weight, mut bias) = (get::<S, T::Acc>(s, dw, k), get::<S, T::Acc>(s, db, k));
             for r in 0..R {
@@ -501,8 +501,8 @@ fn add_some_columns<S: Simd, T: Element, const R: usize>(
                 weight = (dy * rstd[r]).fma(d, weight);
                 bias = bias + dy;
             }
-            put::<S, T::Acc>(weight, dw, k, false);
-            put::<S, T::Acc>(bias, db, k, false);
+            put::<S, T::Acc>(weight, dw, k);
+            put::<S, T::Acc>(bias, db, k);
         })
     }
 }
@@ -525,7 +525,7 @@ pub(super) fn add_rows<S: Simd, T: Element>(
         let (mut weight, mut bias) = (zero, zero);
         // SAFETY: all places are below `n`, which all have.
         unsafe {
-            each_vector!(w, n, |at, k| {
+            each_vector!(w, 0..n, |at, k| {
                 let dy = get::<S, T>(s, dy.add(at), k);
                 let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                 let d = d - get::<S, T::Acc>(s, low.add(at), k);

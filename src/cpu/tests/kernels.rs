@@ -320,3 +320,27 @@ fn far_from_zero() {
         }
     }
 }
+
+/// Past the caches, from any place to any, and nothing beside.
+#[test]
+#[allow(unsafe_code)]
+fn a_strip_is_written_in_full_and_nothing_beside_it() {
+    use crate::cpu::loops::Conversions;
+    use crate::cpu::tile::Tile;
+    use crate::cpu::view::{OutTile, Strided};
+    let x: Vec<f32> = (0..1400).map(|i| i as f32).collect();
+    for level in Level::available() {
+        for n in (1..90).chain([255, 256, 257, 511, 513, 1024, 1300]) {
+            for at in 0..20 {
+                let mut y = vec![-1f32; at + n + 20];
+                let tile = Tile { rows: 0..1, columns: 0..n };
+                // SAFETY: the vector has `n` elements from `at` on, and nobody else has it.
+                let mut out = unsafe { OutTile::new(y[at..].as_mut_ptr(), n, tile, true) };
+                Conversions::<f32>::of(level).narrow(Strided::row_of(&x[..n]), out.whole());
+                drop(out);
+                assert_eq!(y[at..at + n], x[..n], "{} {n} from {at} on", level.name());
+                assert!(y[..at].iter().chain(&y[at + n..]).all(|y| *y == -1.), "{} {n} {at}", level.name());
+            }
+        }
+    }
+}

@@ -20,9 +20,16 @@ impl Simd for Portable {
 
     /// On x86-64 few machines come this low.
     const FINISHES_IN_REGISTERS: bool = cfg!(not(target_arch = "x86_64"));
+    const STREAMS: bool = false;
 
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}
+
+    #[inline(always)]
+    unsafe fn stream(self, from: *const u8, to: *mut u8, bytes: usize) {
+        // SAFETY: the caller's.
+        unsafe { from.copy_to_nonoverlapping(to, bytes) }
+    }
 }
 
 #[derive(Clone, Copy)]
@@ -99,17 +106,17 @@ macro_rules! lanes {
             }
 
             #[inline(always)]
-            unsafe fn store(self, p: *mut T, _: bool) {
+            unsafe fn store(self, p: *mut T) {
                 // SAFETY: as above.
                 unsafe { $(p.add($l).write(T::rounded(self.0[$l]));)* }
             }
 
             #[inline(always)]
-            unsafe fn store_pair([a, b]: [Self; 2], p: *mut T, past: bool) {
+            unsafe fn store_pair([a, b]: [Self; 2], p: *mut T) {
                 // SAFETY: as above.
                 unsafe {
-                    Convert::<_, T, $a>::store(a, p, past);
-                    Convert::<_, T, $a>::store(b, p.add([$($l),*].len()), past);
+                    Convert::<_, T, $a>::store(a, p);
+                    Convert::<_, T, $a>::store(b, p.add([$($l),*].len()));
                 }
             }
 

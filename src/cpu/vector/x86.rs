@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use std::ops::{Add, Mul, Sub};
 
 macro_rules! level {
-    ($(#[$doc:meta])* $name:ident, $f32:ident, $f64:ident) => {
+    ($(#[$doc:meta])* $name:ident, $f32:ident, $f64:ident, $stream:ident) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub(in crate::cpu) struct $name(());
@@ -30,18 +30,72 @@ macro_rules! level {
             type F64 = $f64;
 
             const FINISHES_IN_REGISTERS: bool = true;
+            const STREAMS: bool = true;
 
             #[inline(always)]
             fn prefetch<T>(self, p: *const T) {
                 // SAFETY: a hint, which is no access.
                 unsafe { _mm_prefetch::<_MM_HINT_T1>(p.cast()) }
             }
+
+            #[inline(always)]
+            unsafe fn stream(self, from: *const u8, to: *mut u8, bytes: usize) {
+                // SAFETY: the caller's; the level's value proves it.
+                unsafe { $stream(from, to, bytes) }
+            }
         }
     };
 }
 
-level! { /** AVX2, FMA and F16C. */ Avx2, F32x8, F64x4 }
-level! { /** AVX-512 F, BW, DQ and VL; f64 is left to AVX2. */ Avx512, F32x16, F64x4 }
+level! { /** AVX2, FMA and F16C. */ Avx2, F32x8, F64x4, stream256 }
+level! { /** AVX-512 F, BW, DQ and VL; f64 is left to AVX2. */ Avx512, F32x16, F64x4, stream512 }
+
+/// A copy past the caches, in whole lines as `$line` writes them; what is before the first and behind the last in pieces
+/// of 16 bytes, as allocators align.
+macro_rules! stream {
+    ($name:ident, $features:literal, |$from:ident, $to:ident| $line:block) => {
+        /// # Safety
+        /// The machine has the instructions; there are as many bytes to be read, and to be written from an address on
+        /// that is a multiple of 16.
+        #[cold] // beside loops, which keep their registers for themselves
+        #[target_feature(enable = $features)]
+        unsafe fn $name(from: *const u8, to: *mut u8, bytes: usize) {
+            let before = to.align_offset(64).min(bytes) / 16 * 16;
+            let lines = (bytes - before) / 64 * 64;
+            // SAFETY: the caller's, for as many bytes.
+            unsafe {
+                pieces(from, to, before);
+                let (from, to) = (from.add(before), to.add(before));
+                for at in (0..lines).step_by(64) {
+                    let ($from, $to) = (from.add(at), to.add(at));
+                    $line
+                }
+                pieces(from.add(lines), to.add(lines), bytes - before - lines);
+            }
+        }
+    };
+}
+
+/// As above, of less than a line.
+///
+/// # Safety
+/// As above.
+unsafe fn pieces(from: *const u8, to: *mut u8, bytes: usize) {
+    let whole = bytes / 16 * 16;
+    // SAFETY: the caller's, for as many bytes; the stores are part of the baseline.
+    unsafe {
+        for at in (0..whole).step_by(16) {
+            _mm_stream_si128(to.add(at).cast(), _mm_loadu_si128(from.add(at).cast()));
+        }
+        from.add(whole).copy_to_nonoverlapping(to.add(whole), bytes - whole);
+    }
+}
+
+stream! { stream512, "avx512f", |from, to| { _mm512_stream_si512(to.cast(), _mm512_loadu_si512(from.cast())) } }
+stream! { stream256, "avx2", |from, to| {
+    _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.cast()));
+    _mm256_stream_si256(to.add(32).cast(), _mm256_loadu_si256(from.add(32).cast()))
+} }
 
 /// A vector type and the arithmetic that has one instruction an operation.
 macro_rules! vector {
@@ -205,19 +259,6 @@ helpers! {
         _mm_cvtsd_f64(_mm_add_sd(s, _mm_unpackhi_pd(s, s)))
     }
 
-    /// In pieces of 16 bytes, as allocators align: the processor puts lines together again.
-    fn stream256(p: *mut __m128i, v: __m256i) {
-        _mm_stream_si128(p, _mm256_castsi256_si128(v));
-        _mm_stream_si128(p.add(1), _mm256_extracti128_si256::<1>(v));
-    }
-
-    fn stream512(p: *mut __m128i, v: __m512i) {
-        _mm_stream_si128(p, _mm512_castsi512_si128(v));
-        _mm_stream_si128(p.add(1), _mm512_extracti32x4_epi32::<1>(v));
-        _mm_stream_si128(p.add(2), _mm512_extracti32x4_epi32::<2>(v));
-        _mm_stream_si128(p.add(3), _mm512_extracti32x4_epi32::<3>(v));
-    }
-
     fn bf16_wide16(x: __m256i) -> __m512 { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(x))) }
 
     fn bf16_wide8(x: __m128i) -> __m256 { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(x))) }
@@ -275,10 +316,9 @@ helpers! {
 macro_rules! convert {
     ($name:ident, $t:ty, $a:ty, $level:ident,
      load |$lp:ident| $load:expr, part |$pp:ident, $pn:ident| $part:expr,
-     store |$sp:ident, $sv:ident| $store:expr, past |$np:ident, $nv:ident| $stream:expr,
+     store |$sp:ident, $sv:ident| $store:expr,
      part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr,
-     pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr,
-     past |$mp:ident, $ma:ident, $mb:ident| $stream_pair:expr) => {
+     pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr) => {
         impl<S: $level> Convert<S, $t, $a> for $name {
             #[inline(always)]
             unsafe fn load(_: S, $lp: *const $t) -> Self {
@@ -300,31 +340,17 @@ macro_rules! convert {
             }
 
             #[inline(always)]
-            unsafe fn store(self, p: *mut $t, past: bool) {
+            unsafe fn store(self, $sp: *mut $t) {
+                let $sv = self.0;
                 // SAFETY: the caller's; a vector proves its level.
-                unsafe {
-                    if past {
-                        let ($np, $nv) = (p, self.0);
-                        $stream
-                    } else {
-                        let ($sp, $sv) = (p, self.0);
-                        $store
-                    }
-                }
+                unsafe { $store }
             }
 
             #[inline(always)]
-            unsafe fn store_pair([a, b]: [Self; 2], p: *mut $t, past: bool) {
+            unsafe fn store_pair([a, b]: [Self; 2], $rp: *mut $t) {
+                let ($ra, $rb) = (a.0, b.0);
                 // SAFETY: the caller's; a vector proves its level.
-                unsafe {
-                    if past {
-                        let ($mp, $ma, $mb) = (p, a.0, b.0);
-                        $stream_pair
-                    } else {
-                        let ($rp, $ra, $rb) = (p, a.0, b.0);
-                        $store_pair
-                    }
-                }
+                unsafe { $store_pair }
             }
 
             #[inline(always)]
@@ -340,33 +366,21 @@ macro_rules! convert {
 convert! { F32x16, f32, f32, Has512,
 load |p| _mm512_loadu_ps(p), part |p, n| _mm512_maskz_loadu_ps(first(n) as u16, p),
 store |p, v| _mm512_storeu_ps(p, v),
-past |p, v| stream512(p.cast(), _mm512_castps_si512(v)), part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v),
+part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v),
 pairs |p| (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16))),
-|p, a, b| { _mm512_storeu_ps(p, a); _mm512_storeu_ps(p.add(16), b) },
-past |p, a, b| {
-    stream512(p.cast(), _mm512_castps_si512(a));
-    stream512(p.add(16).cast(), _mm512_castps_si512(b))
-} }
+|p, a, b| { _mm512_storeu_ps(p, a); _mm512_storeu_ps(p.add(16), b) } }
 convert! { F32x8, f32, f32, Has256,
 load |p| _mm256_loadu_ps(p), part |p, n| _mm256_maskload_ps(p, first8(n)),
 store |p, v| _mm256_storeu_ps(p, v),
-past |p, v| stream256(p.cast(), _mm256_castps_si256(v)), part |p, v, n| _mm256_maskstore_ps(p, first8(n), v),
+part |p, v, n| _mm256_maskstore_ps(p, first8(n), v),
 pairs |p| (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))),
-|p, a, b| { _mm256_storeu_ps(p, a); _mm256_storeu_ps(p.add(8), b) },
-past |p, a, b| {
-    stream256(p.cast(), _mm256_castps_si256(a));
-    stream256(p.add(8).cast(), _mm256_castps_si256(b))
-} }
+|p, a, b| { _mm256_storeu_ps(p, a); _mm256_storeu_ps(p.add(8), b) } }
 convert! { F64x4, f64, f64, Has256,
 load |p| _mm256_loadu_pd(p), part |p, n| _mm256_maskload_pd(p, first4(n)),
 store |p, v| _mm256_storeu_pd(p, v),
-past |p, v| stream256(p.cast(), _mm256_castpd_si256(v)), part |p, v, n| _mm256_maskstore_pd(p, first4(n), v),
+part |p, v, n| _mm256_maskstore_pd(p, first4(n), v),
 pairs |p| (_mm256_loadu_pd(p), _mm256_loadu_pd(p.add(4))),
-|p, a, b| { _mm256_storeu_pd(p, a); _mm256_storeu_pd(p.add(4), b) },
-past |p, a, b| {
-    stream256(p.cast(), _mm256_castpd_si256(a));
-    stream256(p.add(4).cast(), _mm256_castpd_si256(b))
-} }
+|p, a, b| { _mm256_storeu_pd(p, a); _mm256_storeu_pd(p.add(4), b) } }
 
 // Pairs of bf16 vectors are the elements at even places and those at odd ones: a shift and a mask part the
 // 32-bit words that have one of each, where neighbours would have to be moved across the register.
@@ -374,24 +388,20 @@ convert! { F32x16, bf16, f32, Has512,
 load |p| bf16_wide16(_mm256_loadu_si256(p.cast())),
 part |p, n| bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
-past |p, v| stream256(p.cast(), bf16_narrow16(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v)),
 pairs |p| bf16_parted16(_mm512_loadu_si512(p.cast())),
-|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)),
-past |p, a, b| stream512(p.cast(), bf16_joined16(a, b)) }
+|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)) }
 convert! { F32x8, bf16, f32, Has256,
 load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
 store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
-past |p, v| _mm_stream_si128(p.cast(), bf16_narrow8(v)), part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
+part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
 pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
-|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)),
-past |p, a, b| stream256(p.cast(), bf16_joined8(a, b)) }
+|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)) }
 
 convert! { F32x16, f16, f32, Has512,
 load |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
 part |p, n| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
-past |p, v| stream256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v)),
 pairs |p| {
     let both = _mm512_loadu_si512(p.cast());
@@ -400,15 +410,10 @@ pairs |p| {
 |p, a, b| {
     _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(a));
     _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtps_ph::<NEAREST>(b))
-},
-past |p, a, b| {
-    stream256(p.cast(), _mm512_cvtps_ph::<NEAREST>(a));
-    stream256(p.add(16).cast(), _mm512_cvtps_ph::<NEAREST>(b))
 } }
 convert! { F32x8, f16, f32, Has256,
 load |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())), part |p, n| _mm256_cvtph_ps(load16(p.cast(), n)),
 store |p, v| _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
-past |p, v| _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
 part |p, v, n| store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n),
 pairs |p| {
     (_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())))
@@ -416,10 +421,6 @@ pairs |p| {
 |p, a, b| {
     _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(a));
     _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(b))
-},
-past |p, a, b| {
-    _mm_stream_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(a));
-    _mm_stream_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(b))
 } }
 
 /// Ties to even.

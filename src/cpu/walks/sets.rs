@@ -65,15 +65,21 @@ fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<P
     let (own, run) = part.spans(span);
     let first = input.tile.columns.start / span;
     let mut sums = Sums::default();
-    let high = vec![stat.high; own.len()];
-    for (p, span) in own.zip(spans::sums(input, part, run, &high)) {
+    let mut add = |p: usize, span: Sums| {
         let weight = input.affine.weight[p].to64();
         sums.g += span.g * weight;
         sums.gx += span.gx * weight;
         if let Some(params) = params {
             spans::add(params, p - first, span, stat, rstd);
         }
+    };
+    // Many small sets, as instance norm has: nothing is allocated for each.
+    if own.len() == 1 {
+        add(own.start, spans::dots(input, part, None, stat.high));
+        return sums;
     }
+    let high = vec![stat.high; own.len()];
+    own.zip(spans::sums(input, part, run, &high)).for_each(|(p, span)| add(p, span));
     sums
 }
 
@@ -97,14 +103,15 @@ pub(super) fn gradient<T: Walked>(k: &mut BackwardArgs<T>, part: &Part) -> Input
 pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let input = k.input;
     let (g, affine, loops) = (input.g, input.affine, input.loops);
+    let mut constants = vec![];
     for part in parts(g, input.tile) {
         let gradient = gradient(&mut k, &part);
         let (x, dy) = (part.block(&input.x), part.block(&input.dy));
         if let Form::PerSpan(span) = affine.form {
             let Some(dx) = &mut k.dx else { continue };
             let (params, run) = part.spans(span);
-            let constants: Vec<_> =
-                params.map(|p| gradient.with_scale(gradient.rstd * affine.weight[p])).collect();
+            constants.clear();
+            constants.extend(params.map(|p| gradient.with_scale(gradient.rstd * affine.weight[p])));
             loops.gradient_spans(x, dy, part.out(dx), run, &constants, g.run);
             continue;
         }
