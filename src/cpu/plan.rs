@@ -124,7 +124,8 @@ impl BackwardPlan {
     pub fn new(g: &Geometry, form: Form, bytes: usize, asked: Asked) -> BackwardPlan {
         let spans = matches!(form, Form::PerSpan(_));
         let visit = |cut, from| Some(Visit::new(g, form, cut, from, true));
-        let sweep = || Cut::sweep(g, bytes);
+        let by_column = asked.params && form == Form::PerColumn;
+        let sweep = || Cut::sweep(g, bytes).with_tall_tiles(by_column);
         if !asked.dx && !asked.params {
             return BackwardPlan { sums: None, dx: None, means: None };
         }
@@ -134,7 +135,7 @@ impl BackwardPlan {
         if !asked.dx || asked.fixed {
             return BackwardPlan { sums: None, dx: visit(sweep(), Origin::Given), means: None };
         }
-        let cut = Cut::new(g, bytes).with_tall_tiles(asked.params && form == Form::PerColumn);
+        let cut = Cut::new(g, bytes).with_tall_tiles(by_column);
         if cut.whole_sets() {
             return BackwardPlan { sums: None, dx: visit(cut, Origin::Tile), means: Some(Origin::Tile) };
         }

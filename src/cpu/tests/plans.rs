@@ -104,6 +104,24 @@ fn a_cache_that_hundreds_share_is_not_one_threads() {
     assert_eq!(past_from_of(mib(480), 60), mib(360));
 }
 
+/// A tile's own sums for every column are worth some rows, whatever else is asked for.
+#[test]
+fn tiles_that_sum_columns_are_tall() {
+    let g = Geometry {
+        outer: 2048,
+        rows: 1,
+        width: 4096,
+        run: 4096,
+        weight_by: WeightBy::Column { span: 1 },
+        center: true,
+    };
+    for (dx, fixed) in [(true, false), (true, true), (false, false), (false, true)] {
+        let plan = BackwardPlan::new(&g, Form::of(&g, true), 8, Asked { dx, params: true, fixed });
+        let tiles = plan.dx.map(|visit| visit.cut.count());
+        assert_eq!(tiles, Some(32), "dx {dx}, fixed {fixed}");
+    }
+}
+
 /// `[outer, rows, width, run]`, span, bytes of an element, and whether y goes past the caches: in tests, from 256 KiB on of
 /// what is read and written.
 #[test]
