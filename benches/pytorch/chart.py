@@ -3,7 +3,7 @@
 import math
 from html import escape
 
-LEFT, WIDTH, BETWEEN, TOP, STEP, GAP = 240, 370, 24, 142, 30, 8
+LEFT, WIDTH, BETWEEN, TOP, STEP, GAP = 260, 370, 24, 142, 30, 8
 #: From the top of a line to its bottom, so that no mark hides another: figure, column, colour, name.
 FIGURES = (
     ("forward", "torch", "#1f77b4", "forward"),
