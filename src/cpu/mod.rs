@@ -23,10 +23,11 @@
 //! | line, behind | what makes z of x; what is done to z on its way into y: skip, activation, gate | `loops/finish.rs` |
 //!
 //! A *visit* is one pass over all tiles; a *form* says whether weights are per span, column or row (`affine.rs`). Of numbers: a *pivot* is a set's first element, which is subtracted before anything is summed; a mean is the sum of
-//! a *high* and a *low* (`moments.rs`); g is `dy * weight`. A tile of f16, of a residual's sum or of what a gate multiplies is
+//! a *high* and a *low* (`moments.rs`); g is `dy * weight`. A tile of f16 or of what a gate multiplies is
 //! *staged*, copied to a thread's scratch, and so are the gradient of z and what `finish.rs` has no loop for: a *piece* (some of
 //! its rows, where sets lie one behind the other) at a time, some of it in *strips* that the first-level cache holds
-//! (`staging.rs`, where `After` is a `Behind` of whole tensors).
+//! (`staging.rs`, where `After` is a `Behind` of whole
+//! tensors). A residual's sum is read back where it was written.
 //!
 //! A call goes `forward.rs` or `backward.rs` (arguments, plan, threads), `staging.rs` (a tile as walks read it),
 //! `walks/`, `loops/`, and each imports only what comes after it.

@@ -7,7 +7,7 @@
 
 use super::maps::{of_row, AHEAD};
 use super::sums::{splats, starts};
-use super::{each_span, each_vector, get, put, Stored};
+use super::{each_span, each_strip, each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
 use crate::cpu::vector::{Simd, Vector};
@@ -131,8 +131,7 @@ pub(super) fn finish<S: Simd, T: Element>(
     assert!(y.n == n && y.rows == z.rows);
     for r in 0..z.rows {
         let (p, row, mut strips) = (z.row(r), behind.row(r, [z.rows, n]), y.strips::<S>(r));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             let mut at = strip.start;
             while at < strip.end {
                 let k = w.min(strip.end - at);
@@ -143,10 +142,7 @@ pub(super) fn finish<S: Simd, T: Element>(
                 }
                 at += k;
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -194,8 +190,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
         let (p, row, mut strips) = (x.row(r), behind.row(r, [x.rows, n]), y.strips::<S>(r));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             match *line {
                 Line::Spans { span, constants, ahead } => {
                     let spans = n / span;
@@ -252,9 +247,6 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                     }
                 }
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::sums::{splat, starts};
-use super::{each_span, each_vector, get, pairwise, put};
+use super::{each_span, each_strip, each_vector, get, pairwise, put};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::vector::{Simd, Vector};
 use crate::cpu::view::{Strided, To};
@@ -37,8 +37,7 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
     assert!(y.n == x.n && y.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
         let (x, constants, mut strips) = (x.row(r), of_row(constants, spans, r), y.strips::<S>(r));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             each_span!(strip, span, |i, part| {
                 let [high, scale, bias] = constants[i].map(|c| splat::<S, T>(s, c));
                 // SAFETY: the spans lie within the blocks' rows, by the assertion, and the part within the strip.
@@ -62,10 +61,7 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
                     );
                 }
             });
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -85,8 +81,7 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
     for r in 0..x.rows {
         let (x, mut strips) = (x.row(r), y.strips::<S>(r));
         let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 match bias {
@@ -109,10 +104,7 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
                     }),
                 }
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -129,8 +121,7 @@ pub(super) fn scale_each<S: Simd, T: Element>(
     let [high, scale, bias] = starts(constants);
     for r in 0..x.rows {
         let (x, mut strips) = (x.row(r), y.strips::<S>(r));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 macro_rules! each {
@@ -151,10 +142,7 @@ pub(super) fn scale_each<S: Simd, T: Element>(
                     }
                 }
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -174,8 +162,7 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
     for r in 0..x.rows {
         let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let constants = of_row(constants, spans, r);
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             each_span!(strip, span, |i, part| {
                 let [high, x_scale, shift, weight] = constants[i].map(|c| splat::<S, T>(s, c));
                 // SAFETY: the spans lie within the blocks' rows, by the assertion, and the part within the strip.
@@ -202,10 +189,7 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
                     );
                 }
             });
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -225,8 +209,7 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
     for r in 0..x.rows {
         let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let [high, x_scale, shift, rstd] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 each_vector!(w, strip, |at, k| {
@@ -238,10 +221,7 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
                     s.prefetch(dy.wrapping_add(at + ahead));
                 })
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -261,8 +241,7 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
     for r in 0..x.rows {
         let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let weight = splat::<S, T>(s, weight.map_or(T::Acc::ONE, |w| w[r]));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 each_vector!(w, strip, |at, k| {
@@ -274,10 +253,7 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
                     put::<S, T>(v, to.wrapping_add(at), k);
                 })
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -323,18 +299,14 @@ pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Strided<T::Acc>, mut y: To<T>
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
         let (p, mut strips) = (x.row(r), y.strips::<S>(r));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which both have, and of the strip.
             unsafe {
                 each_vector!(w, strip, |at, k| {
                     put::<S, T>(get::<S, T::Acc>(s, p.add(at), k), to.wrapping_add(at), k);
                 })
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }
 
@@ -344,8 +316,7 @@ pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T>, b: Strided<T>, mut y
     assert!(b.n == n && b.rows == x.rows && y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
         let (x, b, mut strips) = (x.row(r), b.row(r), y.strips::<S>(r));
-        loop {
-            let (to, strip) = strips.strip();
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 each_vector!(w, strip, |at, k| {
@@ -355,9 +326,6 @@ pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T>, b: Strided<T>, mut y
                     s.prefetch(b.wrapping_add(at + AHEAD));
                 })
             }
-            if strips.done(s) {
-                break;
-            }
-        }
+        });
     }
 }

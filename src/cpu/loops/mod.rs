@@ -273,6 +273,20 @@ macro_rules! each_vector {
 }
 use each_vector;
 
+/// `$body` for every strip of a row: `$to`, and its columns there (`Strips::strip`).
+macro_rules! each_strip {
+    ($s:expr, $strips:expr, |$to:ident, $strip:ident| $body:block) => {
+        loop {
+            let ($to, $strip) = $strips.strip();
+            $body
+            if $strips.done($s) {
+                break;
+            }
+        }
+    };
+}
+use each_strip;
+
 /// `$body` for every span of `$n` columns, or part of one, in `$range`: `$i`, and its columns there.
 macro_rules! each_span {
     ($range:expr, $n:expr, |$i:ident, $part:ident| $body:block) => {{

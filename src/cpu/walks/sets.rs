@@ -73,7 +73,8 @@ fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<P
             spans::add(params, p - first, span, stat, rstd);
         }
     };
-    // Many small sets, as instance norm has: nothing is allocated for each.
+    // Many small sets, as instance norm has: nothing is allocated for each. Not in `spans::sums`, where it would depend on
+    // the sets beside.
     if own.len() == 1 {
         add(own.start, spans::dots(input, part, None, stat.high));
         return sums;
