@@ -288,7 +288,7 @@ fn residual<T: Stored>(level: Level, g: Geometry) {
 }
 
 #[test]
-fn residuals() {
+pub(super) fn residuals() {
     for level in Level::available() {
         for g in shapes() {
             residual::<f32>(level, g);

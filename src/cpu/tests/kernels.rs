@@ -209,6 +209,15 @@ fn without_centering() {
     }
 }
 
+/// Plain norms of every type that is walked, on whole sets and on some that are cut.
+pub(super) fn everywhere() {
+    let cut = [geometry(1, 2, 150_001, 150_001, span(150_001)), geometry(1, 50_001, 3, 1, span(1))];
+    let shapes = [small(), cut.to_vec()].concat();
+    check_all::<f32>(&shapes);
+    check_all::<f64>(&shapes);
+    check_all::<bf16>(&shapes);
+}
+
 #[test]
 fn f32_small() {
     check_all::<f32>(&small());
