@@ -21,6 +21,9 @@ pub fn candle_norm(row: &Row, args: Args) -> Layer {
             Norm::GroupNormSilu { groups } => {
                 fused::group_norm_act(x, groups, w, b, EPS, None, Activation::Silu).map(Outputs::one)
             }
+            Norm::GroupNormGelu { groups } => {
+                fused::group_norm_act(x, groups, w, b, EPS, None, Activation::Gelu).map(Outputs::one)
+            }
             Norm::BatchNormSkipRelu => {
                 let (running, skip) = ((Some(mean), Some(var)), Some(other()?));
                 let act = Activation::Relu;
@@ -45,7 +48,9 @@ pub fn plain(row: &Row, args: Args) -> Layer {
         match kind {
             Norm::AddLayerNorm => norm::layer_norm(x, &n, w, b, EPS),
             Norm::AddRmsNorm | Norm::GatedRmsNorm => norm::rms_norm(x, &n, w, EPS),
-            Norm::GroupNormSilu { groups } => norm::group_norm(x, groups, w, b, EPS),
+            Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
+                norm::group_norm(x, groups, w, b, EPS)
+            }
             Norm::BatchNormSkipRelu => norm::batch_norm(x, Some(mean), Some(var), w, b, true, MOMENTUM, EPS),
             Norm::ModulatedLayerNorm => norm::layer_norm(x, &n, None, None, EPS),
             // As many elements, in rows.
@@ -81,9 +86,11 @@ pub fn candle_nn(row: &Row, args: Args, mode: Mode) -> Result<Layer> {
                 Ok(Outputs { y: norm(&sum)?, sum: Some(sum) })
             })
         }
-        Norm::GroupNormSilu { groups } => {
+        Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
             let norm = candle_nn::GroupNorm::new(weight, need(bias)?, row.case.shape[1], groups, EPS)?;
-            Box::new(move |x| norm.forward(x)?.silu().map(Outputs::one))
+            let silu = matches!(kind, Norm::GroupNormSilu { .. });
+            let activation = if silu { Activation::Silu } else { Activation::Gelu };
+            Box::new(move |x| activation.forward(&norm.forward(x)?).map(Outputs::one))
         }
         Norm::BatchNormSkipRelu => {
             let (mean, var) = (mean.as_detached_tensor().copy()?, var.as_detached_tensor().copy()?);

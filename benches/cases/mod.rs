@@ -27,6 +27,7 @@ pub enum Norm {
     AddLayerNorm,
     AddRmsNorm,
     GroupNormSilu { groups: usize },
+    GroupNormGelu { groups: usize },
     BatchNormSkipRelu,
     ModulatedLayerNorm,
     LayerNorm2d,
@@ -60,7 +61,9 @@ impl Norm {
         match self {
             Norm::BatchNorm | Norm::BatchNormSkipRelu => elements / shape[1],
             Norm::BatchNormEval => 1,
-            Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } => elements / shape[0] / groups,
+            Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
+                elements / shape[0] / groups
+            }
             Norm::InstanceNorm => elements / shape[0] / shape[1],
             Norm::LayerNorm2d => shape[1],
             _ => shape[shape.len() - 1],
@@ -125,6 +128,7 @@ impl fmt::Display for Norm {
             Norm::AddLayerNorm => "add+LayerNorm",
             Norm::AddRmsNorm => "add+RMSNorm",
             Norm::GroupNormSilu { .. } => "GroupNorm+SiLU",
+            Norm::GroupNormGelu { .. } => "GroupNorm+GELU",
             Norm::BatchNormSkipRelu => "BatchNorm+skip+ReLU",
             Norm::ModulatedLayerNorm => "LayerNorm+modulation",
             Norm::LayerNorm2d => "LayerNorm2d",
@@ -180,6 +184,7 @@ pub const CASES: &[Case] = &[
     case(Norm::AddRmsNorm, &[512, 4096], "Llama 7B, 512 tokens"),
     case(GROUPS_SILU, &[2, 320, 64, 64], "Stable Diffusion UNet"),
     case(GROUPS_SILU, &[2, 512, 64, 64], "Stable Diffusion VAE"),
+    case(Norm::GroupNormGelu { groups: 512 }, &[1, 512, 12_799], "wav2vec 2.0, 4 seconds of speech"),
     case(Norm::BatchNormSkipRelu, &[32, 256, 28, 28], "ResNet-50, stage 3"),
     case(Norm::ModulatedLayerNorm, &[2, 1024, 1152], "DiT-XL, 1024 tokens"),
     case(Norm::LayerNorm2d, &[2, 256, 64, 64], "SAM, neck"),

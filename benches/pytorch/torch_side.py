@@ -28,6 +28,8 @@ def fused(norm, x, weight, bias, other, running, row):
         return F.rms_norm(s, last, weight, eps), s
     if norm == "GroupNorm+SiLU":
         return F.silu(F.group_norm(x, row["groups"], weight, bias, eps))
+    if norm == "GroupNorm+GELU":
+        return F.gelu(F.group_norm(x, row["groups"], weight, bias, eps))
     if norm == "BatchNorm+skip+ReLU":
         return F.relu(F.batch_norm(x, *running, weight, bias, True, row["momentum"], eps) + other)
     if norm == "LayerNorm+modulation":

@@ -66,7 +66,9 @@ fn row(id: &str) -> Result<Row> {
 
 fn describe(row: &Row) -> Value {
     let groups = match row.case.norm {
-        Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } => Some(groups),
+        Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
+            Some(groups)
+        }
         _ => None,
     };
     json!({

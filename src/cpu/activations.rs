@@ -17,6 +17,12 @@ fn c<S: Simd>(s: S, x: f32) -> F<S> {
     F::<S>::splat(s, x)
 }
 
+/// As above, of f64.
+#[inline(always)]
+fn d<S: Simd>(s: S, x: f64) -> S::F64 {
+    <S::F64 as Vector<S, f64>>::splat(s, x)
+}
+
 /// `sqrt(8 / pi)`.
 const GELU_K: f64 = std::f64::consts::FRAC_2_SQRT_PI * std::f64::consts::SQRT_2;
 
@@ -25,6 +31,9 @@ const FAR: f32 = -112.0;
 
 /// Above it `e^-x` is below `2^23.5`: beside it 1 is not lost.
 const NEAR: f32 = -16.0;
+
+/// Added to a number it rounds that to an integer, and leaves it where an exponent wants it: beside a sign.
+const MAGIC: f32 = 12_582_912.0 + 256.0 + 127.0;
 
 /// No level has more lanes of f32.
 const LANES: usize = 16;
@@ -75,20 +84,23 @@ fn times_far_sigmoid(all: &mut [f32; LANES], [v, x, more]: [[f32; LANES]; 3]) {
 #[inline(always)]
 fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>, more: Option<F<S>>) -> F<S> {
     let x = c(s, 80.0).min(x);
-    // Rounds to an integer, and leaves it where an exponent wants it: beside a sign.
-    let magic = c(s, 12_582_912.0 + 256.0 + 127.0);
+    let magic = c(s, MAGIC);
     let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
     let (n, minus_pow2) = (shifted - magic, shifted.exponent());
     let r = n.fma(c(s, 0.693_359_375), x);
     let r = n.fma(c(s, -2.121_944_4e-4), r);
-    let r = more.map_or(r, |more| r + more);
-    // e^-r = 1 - (r + r^2 q): minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
+    let t = lost_to_power(s, more.map_or(r, |more| r + more));
+    v.div(t.fma(minus_pow2, c(s, 1.0) - minus_pow2))
+}
+
+/// `1 - e^-r = r + r^2 q`: minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
+#[inline(always)]
+fn lost_to_power<S: Simd>(s: S, r: F<S>) -> F<S> {
     let q = c(s, -1.381_454_1e-3).fma(r, c(s, 8.368_745_4e-3));
     let q = q.fma(r, c(s, -4.166_839e-2));
     let q = q.fma(r, c(s, 1.666_652_1e-1));
     let q = q.fma(r, c(s, -0.499_999_94));
-    let t = (r * r).fma(q, r);
-    v.div(t.fma(minus_pow2, c(s, 1.0) - minus_pow2))
+    (r * r).fma(q, r)
 }
 
 #[inline(always)]
@@ -109,17 +121,121 @@ pub(super) fn silu_both<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     [x * y, y * (x * (one - y) + one)]
 }
 
-/// `f` of each lane in f64. Not inlined: it is long beside what it is called from.
-#[inline(never)]
-fn each_lane(lanes: &mut [f32], f: fn(f64) -> f64) {
-    lanes.iter_mut().for_each(|z| *z = f(f64::from(*z)) as f32);
+/// `$values` that an expression makes of all lanes of `$x`, in vectors of f64.
+macro_rules! in_f64 {
+    ($s:expr, $x:expr, |$wide:ident| $values:expr) => {{
+        let (x, mut wide) = (lanes::<S>($x), [0f64; LANES]);
+        for l in 0..LANES {
+            wide[l] = f64::from(x[l]);
+        }
+        let mut all = [wide; 2];
+        for at in (0..F::<S>::W).step_by(S::F64::W) {
+            // SAFETY: no level has vectors of more than `LANES`.
+            unsafe {
+                let $wide = <S::F64 as Convert<S, f64, f64>>::load($s, wide.as_ptr().add(at));
+                for (all, values) in all.iter_mut().zip($values) {
+                    Convert::<S, f64, f64>::store(values, all.as_mut_ptr().add(at));
+                }
+            }
+        }
+        all
+    }};
 }
 
+/// Lanes rounded.
 #[inline(always)]
-fn by_lane<S: Simd>(s: S, z: F<S>, f: fn(f64) -> f64) -> F<S> {
-    let mut lanes = lanes::<S>(z);
-    each_lane(&mut lanes[..<F<S> as Vector<S, f32>>::W], f);
-    vector(s, &lanes)
+fn narrowed<S: Simd>(s: S, wide: &[f64; LANES]) -> F<S> {
+    let mut narrow = [0.0; LANES];
+    for l in 0..LANES {
+        narrow[l] = wide[l] as f32;
+    }
+    vector(s, &narrow)
+}
+
+/// GELU's own: how far below zero its vectors go. Beyond as far above zero `gelu(z)` is z.
+const GELU_FAR: f32 = 5.5;
+
+/// `-ln(erfc(a / sqrt(2))) / a`: minimax, off by `2^-29 / a` on [0, `GELU_FAR`].
+const GELU_TAIL: [f64; 12] = [
+    0.797_884_485_574_654_6,
+    0.318_311_069_359_715_06,
+    0.036_329_066_659_310_048,
+    -0.004_763_787_263_254_171_9,
+    -6.761_196_497_888_511e-5,
+    2.453_671_604_318_954_4e-4,
+    -7.702_161_924_479_309e-5,
+    1.461_888_697_526_566_3e-5,
+    -1.871_621_998_673_479e-6,
+    1.585_985_265_917_322_5e-7,
+    -8.062_480_031_626_476e-9,
+    1.863_528_754_256_566_5e-10,
+];
+
+/// The normal distribution's tail, `erfc(a / sqrt(2)) / 2`, times v, which is z or 1; a is in [0, `GELU_FAR`]. The exponent
+/// is made in f64: of 15 half a unit in the last place is eight of the power.
+#[inline(always)]
+fn times_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
+    const ROUND: f64 = 6_755_399_441_055_744.0;
+    let [n, r] = in_f64!(s, a, |a| {
+        let (mut q, mut i) = (d(s, GELU_TAIL[11]), 11);
+        while i > 0 {
+            i -= 1;
+            q = q.fma(a, d(s, GELU_TAIL[i]));
+        }
+        let x = q * a;
+        let n = x.fma(d(s, -std::f64::consts::LOG2_E), d(s, ROUND)) - d(s, ROUND);
+        [n, n.fma(d(s, std::f64::consts::LN_2), x)]
+    });
+    let (n, t, half) = (narrowed(s, &n), lost_to_power(s, narrowed(s, &r)), v * c(s, 0.5));
+    t.fma(half, c(s, 0.0) - half) * (n + c(s, MAGIC)).exponent()
+}
+
+/// `z * erfc(-z / sqrt(2)) / 2`.
+#[inline(always)]
+fn gelu<S: Simd>(s: S, z: F<S>) -> F<S> {
+    let (zero, far) = (c(s, 0.0), c(s, GELU_FAR));
+    let tail = times_tail(s, z, z.le(zero, zero - z, z).min(far));
+    let near = far.le(z, z, z.le(zero, tail, z - tail));
+    or_by_lane(s, z, near, |z| value_f64(Activation::Gelu, z))
+}
+
+/// GELU's derivative, the normal distribution and z times its density.
+#[inline(always)]
+fn gelu_slope<S: Simd>(s: S, z: F<S>) -> F<S> {
+    let (zero, one) = (c(s, 0.0), c(s, 1.0));
+    let a = z.le(zero, zero - z, z).min(c(s, 13.0));
+    let tail = times_tail(s, one, a.min(c(s, GELU_FAR)));
+    // e^(-a^2 / 2), off by as much as the square is rounded: beside the distribution nothing.
+    let half_square = a * a * c(s, 0.5);
+    let shifted = half_square.fma(c(s, -std::f32::consts::LOG2_E), c(s, MAGIC));
+    let n = shifted - c(s, MAGIC);
+    let r = n.fma(c(s, 0.693_359_375), half_square);
+    let r = n.fma(c(s, -2.121_944_4e-4), r);
+    let density = (lost_to_power(s, r) - one) * shifted.exponent() * c(s, 0.398_942_28);
+    let bent = a * density;
+    let near = z.le(zero, tail - bent, (one - tail) + bent);
+    or_by_lane(s, z, near, |z| slope_f64(Activation::Gelu, z))
+}
+
+/// `near`, but `f` of the lanes of z that are not above `-GELU_FAR`: what norms leave is hardly ever.
+#[inline(always)]
+fn or_by_lane<S: Simd>(s: S, z: F<S>, near: F<S>, f: fn(f64) -> f64) -> F<S> {
+    if z.above(c(s, -GELU_FAR)) {
+        return near;
+    }
+    let mut all = lanes::<S>(near);
+    far_lanes(&mut all, lanes::<S>(z), f);
+    vector(s, &all)
+}
+
+#[cold]
+#[inline(never)]
+fn far_lanes(all: &mut [f32; LANES], z: [f32; LANES], f: fn(f64) -> f64) {
+    for (near, z) in all.iter_mut().zip(z) {
+        if z.is_nan() || z <= -GELU_FAR {
+            *near = f(f64::from(z)) as f32;
+        }
+    }
 }
 
 /// Twice what GELU's approximation takes the hyperbolic tangent of, `(1 + tanh(u)) / 2 = sigmoid(2 u)`, and what rounding
@@ -129,19 +245,13 @@ fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     // Beyond, the sigmoid is 0 or 1.
     let (least, most) = (c(s, -12.0), c(s, 12.0));
     let x = x.le(least, least, most.le(x, most, x));
-    let (mut u, mut more) = (lanes::<S>(x), [0.0; LANES]);
-    gelu_twice_u_of(&mut u, &mut more);
-    [vector(s, &u), vector(s, &more)]
-}
-
-#[inline(never)]
-fn gelu_twice_u_of(x: &mut [f32; LANES], more: &mut [f32; LANES]) {
-    for (x, more) in x.iter_mut().zip(more) {
-        let wide = f64::from(*x);
-        let exact = GELU_K * (wide + 0.044715 * wide * wide * wide);
-        *x = exact as f32;
-        *more = (exact - f64::from(*x)) as f32;
+    let [exact, _] = in_f64!(s, x, |x| [x * (x * x).fma(d(s, GELU_K * 0.044715), d(s, GELU_K))]);
+    let (u, mut more) = (narrowed(s, &exact), exact);
+    let rounded = lanes::<S>(u);
+    for l in 0..LANES {
+        more[l] -= f64::from(rounded[l]);
     }
+    [u, narrowed(s, &more)]
 }
 
 /// `activation(z)`.
@@ -158,7 +268,7 @@ pub(super) fn value<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
             let between = z * (z + c(s, 3.0)).div(c(s, 6.0));
             c(s, 3.0).le(z, z, z.le(c(s, -3.0), zero, between))
         }
-        Activation::Gelu => by_lane(s, z, |z| value_f64(Activation::Gelu, z)),
+        Activation::Gelu => gelu(s, z),
         Activation::GeluTanh => {
             let [u, more] = gelu_twice_u(s, z);
             times_sigmoid(s, z, u, Some(more))
@@ -183,7 +293,7 @@ pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
             let between = z.div(c(s, 3.0)) + c(s, 0.5);
             c(s, 3.0).le(z, one, z.le(c(s, -3.0), zero, between))
         }
-        Activation::Gelu => by_lane(s, z, |z| slope_f64(Activation::Gelu, z)),
+        Activation::Gelu => gelu_slope(s, z),
         Activation::GeluTanh => {
             let [u, more] = gelu_twice_u(s, z);
             let y = times_sigmoid(s, one, u, Some(more));

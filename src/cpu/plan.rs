@@ -176,7 +176,7 @@ impl Visit {
         let g = self.cut.geometry();
         let row = bytes
             * match self.walk {
-                Walk::Rows | Walk::Columns => g.width,
+                Walk::Rows | Walk::Columns => self.cut.columns(),
                 Walk::Runs | Walk::Sets => g.run,
             };
         row.is_multiple_of(16) && row >= PAST_ROW && g.elements() * all >= past_from()

@@ -218,6 +218,11 @@ impl Cut {
         &self.g
     }
 
+    /// The columns of a tile, at most.
+    pub fn columns(&self) -> usize {
+        self.run.min(self.g.run) * self.sets
+    }
+
     /// Whether every run lies within one tile.
     pub fn whole_runs(&self) -> bool {
         self.run >= self.g.run
