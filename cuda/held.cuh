@@ -1,6 +1,6 @@
 // Statistics and output of sets that fit on chip: read once, written once.
 //
-// A set is walked three times: mean, deviations, output. Most lie in registers meanwhile, a few packs of each of 8
+// A set is walked three times: mean, deviations, output. Most lie in registers meanwhile, a few packs of each of 2
 // lanes to a whole block, or of a cluster of C blocks; larger ones, and those with something around the norm, in
 // shared memory. All of a set is under way at once when it is asked for, and several blocks share a multiprocessor:
 // one loads while another stores. Threads without work stay in the loops: every one of them is needed at the
@@ -201,7 +201,7 @@ template <class T, int V, int C> __device__ void forward_held(const Params& p) {
     Group<A, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
     const u32 shift = log2_of(p.lanes), sets_per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
-    T* memory = reinterpret_cast<T*>(shared_memory() + Group<A, C>::BYTES + mine * held_bytes<T>(slice.each * V));
+    T* memory = reinterpret_cast<T*>(shared_memory() + Group<A, C>::BYTES + mine * apart<T>(slice.each * V));
     for (u64 first = u64(blockIdx.x / C) * sets_per_block; first < p.sets; first += u64(gridDim.x / C) * sets_per_block) {
         const bool active = first + mine < p.sets;
         const Place at = place_set(p, active ? first + mine : first);
@@ -258,7 +258,7 @@ template <class T, int V> __device__ void forward_several(const Params& p) {
     Group<A, 1> group(p.lanes, shared_memory());
     const Slice<V, 1> slice(u32(p.set_len), p.lanes, group.lane);
     const u32 shift = log2_of(p.lanes), sets_per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
-    T* memory = reinterpret_cast<T*>(shared_memory() + Group<A, 1>::BYTES + mine * held_bytes<T>(slice.each * V));
+    T* memory = reinterpret_cast<T*>(shared_memory() + Group<A, 1>::BYTES + mine * apart<T>(slice.each * V));
     const u32 sets = u32(p.sets), step = gridDim.x * sets_per_block;
     const auto ask = [&](u32 set) {
         if (set < sets) {

@@ -44,6 +44,10 @@ template <int V, int C> struct Slice {
 // Shared memory for a slice of `len` elements, as the plan counts it.
 template <class T> __device__ inline u32 held_bytes(u32 len) { return (len * u32(sizeof(T)) + 15) / 16 * 16; }
 
+// Bytes from one group's slice to the next where a block has several: few lanes read 128 bytes together with those of
+// groups beside them, which must come from other banks.
+template <class T> __device__ inline u32 apart(u32 len) { return (len * u32(sizeof(T)) + 127) / 128 * 128 + 32; }
+
 // Asks for this thread's share of a set, to come to `held`, `step` elements of room for each. `Where` is a
 // Place, or a Chunk of a set.
 template <class T, int V, int C, class Where>

@@ -192,7 +192,7 @@ template <class A, int C> struct Exchange {
     }
 };
 
-// The threads that share a set: 8, 16 or 32 lanes of a warp, or a whole block, or a cluster of C.
+// The threads that share a set: 2 to 32 lanes of a warp, or a whole block, or a cluster of C.
 //
 // Values cross warps through `slots`, of which there are two sets used in turn: whoever writes a set
 // again is past a barrier that all threads reached after they had read it. So one barrier is enough.

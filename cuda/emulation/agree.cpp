@@ -45,7 +45,7 @@ const struct {
 #define ELEMENT(name, type) \
     {#name " bytes", sizeof(type), 0}, {#name " backward_elements", uint64_t(BACKWARD_ELEMENTS<type>), 0}, \
     {#name " gradient_step", HeldGradient<type, 1>::WIDE, 0}, {#name " held 1", held_bytes<type>(1), 0}, \
-    {#name " held 1001", held_bytes<type>(1001), 0}
+    {#name " held 1001", held_bytes<type>(1001), 0}, {#name " apart 101", apart<type>(101), 0}
 #define ACCUMULATOR(name, type) \
     {#name " slots", Group<type, 1>::BYTES, 0}, {#name " slots of a cluster", Group<type, 8>::BYTES, 0}
 

@@ -100,6 +100,7 @@ fn of_rust() -> Facts {
         of("gradient_step", held::wide(element));
         of("held 1", held::held_bytes(element, 1));
         of("held 1001", held::held_bytes(element, 1001));
+        of("apart 101", held::apart(element, 101));
         if element.bytes() == element.accumulator_bytes() {
             of("slots", held::slots(element.bytes()));
         }

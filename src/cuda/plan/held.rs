@@ -19,6 +19,8 @@ pub(crate) const MAX_BLOCK: usize = 512;
 pub(crate) const CLUSTER_BLOCK: usize = 256;
 /// Threads of a block that has several sets.
 const SEVERAL_BLOCK: usize = 256;
+/// The same where a device would else have blocks for a part of its multiprocessors alone (`spread`).
+const FEW_SETS_BLOCK: usize = 64;
 /// Where there are clusters, a block alone takes sets up to this: two of them fit a multiprocessor.
 const ALONE_BYTES: usize = 96 << 10;
 /// Blocks of a cluster.
@@ -46,6 +48,12 @@ pub(crate) fn slots(accumulator: usize) -> usize {
 /// Bytes of shared memory for `len` elements (`held_bytes`).
 pub(crate) fn held_bytes(element: Element, len: usize) -> usize {
     (len * element.bytes()).next_multiple_of(16)
+}
+
+/// Bytes from one group's slice to the next where a block has several (`apart`): few lanes read 128 bytes together with those
+/// of groups beside them, which must come from other banks.
+pub(crate) fn apart(element: Element, len: usize) -> usize {
+    (len * element.bytes()).next_multiple_of(128) + 32
 }
 
 /// Elements of room for one in the accumulation dtype (`HeldGradient::WIDE`).
@@ -120,13 +128,13 @@ impl Builder<'_> {
     }
 
     /// The smallest place for a set: where there are clusters, in a block alone up to `alone` bytes. `bytes` tells what
-    /// a slice takes of shared memory.
+    /// a slice takes of shared memory, which some lanes have; `least`: of them.
     fn place(
         &self,
         access: Access,
-        several: bool,
+        least: usize,
         alone: usize,
-        bytes: impl Fn(usize) -> usize,
+        bytes: impl Fn(usize, usize) -> usize,
     ) -> Option<Held> {
         let unit = self.unit(access);
         let limit = self.device.shared as usize - self.slots();
@@ -137,14 +145,25 @@ impl Builder<'_> {
         clusters.iter().find_map(|&(cluster, most)| {
             let slice = (self.g.set_len() / unit).div_ceil(cluster) * unit;
             let max = if cluster == 1 { MAX_BLOCK } else { CLUSTER_BLOCK };
-            let least = if several { 8 } else { 64 };
-            let lanes = self.lanes_for(slice).clamp(least, max);
+            // The blocks of a cluster exchange the values of one set.
+            let lanes = self.lanes_for(slice).clamp(if cluster == 1 { least } else { 64 }, max);
             let block = if lanes <= 32 { SEVERAL_BLOCK } else { lanes };
             // Divisors and numbers within a set are of 31 bits, far beyond this.
-            let bytes = bytes(slice).checked_mul(block / lanes)?;
-            let held = Held { cluster, slice, lanes, block, shared: self.slots() + bytes };
-            (bytes <= limit.min(most)).then_some(held)
+            let one = bytes(slice, lanes);
+            let all = one.checked_mul(block / lanes)?;
+            let held = Held { cluster, slice, lanes, block, shared: self.slots() + all };
+            (one <= most && all <= limit).then_some(held)
         })
+    }
+
+    /// Smaller blocks of several sets, where there would be too few for a device; bits do not depend on them.
+    fn spread(&self, held: Held) -> Held {
+        let blocks = self.g.sets().div_ceil(held.sets_per_block());
+        if held.sets_per_block() == 1 || blocks >= self.device.multiprocessors as usize {
+            return held;
+        }
+        let parts = held.block / FEW_SETS_BLOCK;
+        Held { block: FEW_SETS_BLOCK, shared: self.slots() + (held.shared - self.slots()) / parts, ..held }
     }
 
     fn lanes_for(&self, slice: usize) -> usize {
@@ -207,10 +226,14 @@ pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
     b.set_segments(b.runs());
     let may_keep = b.may_keep();
     let alone = if may_keep && access != Access::Scalar { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
-    let held = b.place(access, true, alone, |slice| b.held_bytes(slice));
+    let held = b.place(access, 2, alone, |slice, lanes| match lanes <= 32 {
+        true => apart(b.r.element, slice),
+        false => b.held_bytes(slice),
+    });
     let Some(held) = held.filter(|_| !needs.given) else {
         return split::forward(b, needs);
     };
+    let held = b.spread(held);
     match may_keep && b.fits_registers(access, &held) {
         true => b.launch_kept(access, held)?,
         false => b.launch_held((Kernel::ForwardHeld, Kernel::ForwardCluster), access, held)?,
@@ -232,7 +255,8 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
             return backward_rows(b, needs, access, rows);
         }
     }
-    let held = b.place(access, b.weights_per == WeightsPer::Set, ALONE_BYTES, |slice| {
+    let least = if b.weights_per == WeightsPer::Set { 8 } else { 64 };
+    let held = b.place(access, least, ALONE_BYTES, |slice, _| {
         b.held_both(slice) + by_segment as usize * segments(b, slice, access).bytes
     });
     let Some(held) = held else {
