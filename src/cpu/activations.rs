@@ -171,30 +171,59 @@ const GELU_TAIL: [f64; 12] = [
     1.863_528_754_256_566_5e-10,
 ];
 
+/// `-ln(erfc(a / sqrt(2)))`, with numbers as `$k` makes them. Powers in pairs, and pairs of those: one behind the other they
+/// take longer than all else.
+macro_rules! gelu_tail {
+    ($s:expr, $a:expr, $k:ident) => {{
+        let (a, square) = ($a, $a * $a);
+        let (mut pairs, mut fours) = ([a; 6], [a; 3]);
+        for i in 0..6 {
+            pairs[i] = $k($s, GELU_TAIL[2 * i + 1] as _).fma(a, $k($s, GELU_TAIL[2 * i] as _));
+        }
+        for i in 0..3 {
+            fours[i] = pairs[2 * i + 1].fma(square, pairs[2 * i]);
+        }
+        let [first, second, third] = fours;
+        let fourth = square * square;
+        third.fma(fourth, second).fma(fourth, first) * a
+    }};
+}
+
 /// The normal distribution's tail, `erfc(a / sqrt(2)) / 2`, times v, which is z or 1; a is in [0, `GELU_FAR`]. The exponent
 /// is made in f64: of 15 half a unit in the last place is eight of the power.
 #[inline(always)]
 fn times_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
     const ROUND: f64 = 6_755_399_441_055_744.0;
     let [n, r] = in_f64!(s, a, |a| {
-        let (mut q, mut i) = (d(s, GELU_TAIL[11]), 11);
-        while i > 0 {
-            i -= 1;
-            q = q.fma(a, d(s, GELU_TAIL[i]));
-        }
-        let x = q * a;
+        let x = gelu_tail!(s, a, d);
         let n = x.fma(d(s, -std::f64::consts::LOG2_E), d(s, ROUND)) - d(s, ROUND);
         [n, n.fma(d(s, std::f64::consts::LN_2), x)]
     });
-    let (n, t, half) = (narrowed(s, &n), lost_to_power(s, narrowed(s, &r)), v * c(s, 0.5));
-    t.fma(half, c(s, 0.0) - half) * (n + c(s, MAGIC)).exponent()
+    times_half_power(s, v, narrowed(s, &n), narrowed(s, &r))
 }
 
-/// `z * erfc(-z / sqrt(2)) / 2`.
+/// The same all in f32, off by 2^-18 of itself: what is rounded to 16 bits next hardly shows it.
 #[inline(always)]
-fn gelu<S: Simd>(s: S, z: F<S>) -> F<S> {
+fn times_rough_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
+    let x = gelu_tail!(s, a, c);
+    let n = x.fma(c(s, -std::f32::consts::LOG2_E), c(s, MAGIC)) - c(s, MAGIC);
+    let r = n.fma(c(s, -2.121_944_4e-4), n.fma(c(s, 0.693_359_375), x));
+    times_half_power(s, v, n, r)
+}
+
+/// `v / 2 * 2^n e^-r`.
+#[inline(always)]
+fn times_half_power<S: Simd>(s: S, v: F<S>, n: F<S>, r: F<S>) -> F<S> {
+    let half = v * c(s, 0.5);
+    lost_to_power(s, r).fma(half, c(s, 0.0) - half) * (n + c(s, MAGIC)).exponent()
+}
+
+/// `z * erfc(-z / sqrt(2)) / 2`; `rough`: to be rounded to 16 bits.
+#[inline(always)]
+fn gelu<S: Simd>(s: S, z: F<S>, rough: bool) -> F<S> {
     let (zero, far) = (c(s, 0.0), c(s, GELU_FAR));
-    let tail = times_tail(s, z, z.le(zero, zero - z, z).min(far));
+    let a = z.le(zero, zero - z, z).min(far);
+    let tail = if rough { times_rough_tail(s, z, a) } else { times_tail(s, z, a) };
     let near = far.le(z, z, z.le(zero, tail, z - tail));
     or_by_lane(s, z, near, |z| value_f64(Activation::Gelu, z))
 }
@@ -254,6 +283,15 @@ fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     [u, narrowed(s, &more)]
 }
 
+/// `activation(z)`, to be rounded to 16 bits.
+#[inline(always)]
+pub(super) fn rough_value<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
+    match activation {
+        Activation::Gelu => gelu(s, z, true),
+        _ => value(s, activation, z),
+    }
+}
+
 /// `activation(z)`.
 #[inline(always)]
 pub(super) fn value<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
@@ -268,7 +306,7 @@ pub(super) fn value<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
             let between = z * (z + c(s, 3.0)).div(c(s, 6.0));
             c(s, 3.0).le(z, z, z.le(c(s, -3.0), zero, between))
         }
-        Activation::Gelu => gelu(s, z),
+        Activation::Gelu => gelu(s, z, false),
         Activation::GeluTanh => {
             let [u, more] = gelu_twice_u(s, z);
             times_sigmoid(s, z, u, Some(more))

@@ -29,6 +29,8 @@ pub(super) trait Float: Element<Acc = Self> + Neg<Output = Self> {
     fn from64(x: f64) -> Self;
     /// `activation(z)`.
     fn value<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
+    /// The same, to be rounded to 16 bits.
+    fn rough_value<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
     /// Its derivative.
     fn slope<S: Simd>(s: S, activation: Activation, z: Self::V<S>) -> Self::V<S>;
     /// `silu(z)`, for gradients, and its derivative.
@@ -82,7 +84,7 @@ macro_rules! element {
 }
 
 macro_rules! float {
-    ($t:ty, $vector:ident, $value:path, $slope:path, $silu_both:path) => {
+    ($t:ty, $vector:ident, $value:path, $rough:path, $slope:path, $silu_both:path) => {
         impl Float for $t {
             type V<S: Simd> = S::$vector;
             const ZERO: Self = 0.0;
@@ -104,6 +106,10 @@ macro_rules! float {
                 $value(s, activation, z)
             }
             #[inline(always)]
+            fn rough_value<S: Simd>(s: S, activation: Activation, z: S::$vector) -> S::$vector {
+                $rough(s, activation, z)
+            }
+            #[inline(always)]
             fn slope<S: Simd>(s: S, activation: Activation, z: S::$vector) -> S::$vector {
                 $slope(s, activation, z)
             }
@@ -115,8 +121,15 @@ macro_rules! float {
     };
 }
 
-float!(f32, F32, activations::value, activations::slope, activations::silu_both);
-float!(f64, F64, activations::values_f64, activations::slopes_f64, activations::silus_f64);
+float!(f32, F32, activations::value, activations::rough_value, activations::slope, activations::silu_both);
+float!(
+    f64,
+    F64,
+    activations::values_f64,
+    activations::values_f64,
+    activations::slopes_f64,
+    activations::silus_f64
+);
 element!(f32, f32, F32);
 element!(f64, f64, F64);
 element!(bf16, f32, F32);

@@ -106,6 +106,7 @@ impl<T: Element> Behind<*const T> {
         let z = match (KIND, self.activation) {
             (RELU | SKIP_RELU, _) => T::Acc::value(s, Activation::Relu, z),
             (SILU, _) => T::Acc::value(s, Activation::Silu, z),
+            (OTHER, Some(activation)) if size_of::<T>() == 2 => T::Acc::rough_value(s, activation, z),
             (OTHER, Some(activation)) => T::Acc::value(s, activation, z),
             _ => z,
         };

@@ -6,6 +6,7 @@ use crate::cpu::simd_level::Level;
 use crate::cpu::tile::Tile;
 use crate::cpu::view::{OutTile, Strided};
 use crate::fusion::Activation;
+use half::bf16;
 
 /// Distance in units in the last place of f32 between a result and what it should be.
 fn ulps(got: f32, exact: f64) -> f64 {
@@ -77,6 +78,31 @@ fn activations_of_every_thousandth_f32() {
 #[ignore = "minutes: every f32 at every level"]
 fn activations_of_every_f32() {
     check(1);
+}
+
+/// Of what is rounded to 16 bits: half a unit of bf16, and a thousandth.
+#[test]
+fn activations_of_every_bf16() {
+    let finite = |x: &bf16| x.is_finite();
+    let x: Vec<_> = (0..=u16::MAX).map(bf16::from_bits).filter(finite).collect();
+    let (z, n): (Vec<f32>, _) = (x.iter().map(|x| x.to_f32()).collect(), x.len());
+    for level in Level::available() {
+        for activation in Activation::ALL {
+            let mut y = vec![bf16::ZERO; n];
+            let mut out = OutTile::alone(&mut y, Tile { rows: 0..1, columns: 0..n });
+            let behind = Behind { skip: None, activation: Some(activation), gate: None };
+            Conversions::<bf16>::of(level).finish(Strided::row_of(&z), out.whole(), behind);
+            drop(out);
+            for (y, z) in y.iter().zip(&z) {
+                let exact = value_f64(activation, f64::from(*z));
+                // Beyond the largest number it rounds to infinity.
+                let unit = 2f64.powi((exact.abs().log2().floor() as i32).max(-126) - 7);
+                let off = (y.to_f64() - exact).abs() / unit;
+                let what = format!("{activation:?} of {z:e} at {}: {y}, {exact:e}", level.name());
+                assert!(off <= 0.501 || exact.abs() > 3.38e38, "{what}");
+            }
+        }
+    }
 }
 
 #[test]
