@@ -6,6 +6,7 @@ pub mod contenders;
 pub mod copy;
 pub mod device;
 pub mod fused;
+pub mod generated;
 pub mod inputs;
 pub mod memory;
 pub mod rounds;
@@ -200,9 +201,10 @@ pub struct Row {
 }
 
 impl Row {
-    /// Every case in f32, then in bf16.
+    /// Every case in f32, then in bf16; or as many as `CANDLE_NORM_BENCH_GENERATED` says, made at random.
     pub fn all() -> impl Iterator<Item = Row> {
-        CASES.iter().flat_map(|&case| [DType::F32, DType::BF16].map(|dtype| Row { case, dtype }))
+        let cases = generated::asked_for().unwrap_or_else(|| CASES.to_vec());
+        cases.into_iter().flat_map(|case| [DType::F32, DType::BF16].map(|dtype| Row { case, dtype }))
     }
 
     pub fn param_dtype(&self) -> DType {

@@ -24,6 +24,9 @@ A row with more than a norm has goals: at most 1.15 times the time (a step: 1.3)
 each further tensor (`of plain`), at least torch.compile's speed and three times that of candle's composition. Where it
 misses one its line says which, and the end has them all.
 
+`--generated 50` measures fifty norms over random shapes in both dtypes instead, which nobody has picked, into `--out` of their
+own; `--generated 50,2` others.
+
 Rows that `--out` has from an earlier run stay there unless they are measured again.
 """
 
@@ -61,6 +64,7 @@ CONTENDERS = {
 BATCH = 50_000
 #: The middle half of the rounds' ratios may span this factor: rounds that are further apart disagree.
 AGREE = 1.25
+DEFAULT_OUT = ROOT / "target" / "pytorch"
 #: What tells one line of the table from another.
 KEY = ("norm", "shape", "dtype", "figure", "threads", "malloc")
 
@@ -399,7 +403,8 @@ def options():
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block-ms", type=float, default=25.0, help="how long a block of calls should take")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "target" / "pytorch")
+    parser.add_argument("--out", type=pathlib.Path, default=DEFAULT_OUT)
+    parser.add_argument("--generated", metavar="COUNT[,SEED]", help="rows made at random, instead of models' own")
     parser.add_argument("--patched", action="store_true", help="take the step with a patched candle-core too")
     parser.add_argument("--memory", action="store_true", help="take the memory of a step, and no times")
     return parser.parse_args()
@@ -409,6 +414,13 @@ def main():
     # Ends through atexit, as everything else that ends this program does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     chosen = options()
+    if chosen.generated:
+        # What it compiles takes longer than all measuring.
+        for figure, contenders in CONTENDERS.items():
+            CONTENDERS[figure] = tuple(name for name in contenders if name != "compiled")
+        os.environ["CANDLE_NORM_BENCH_GENERATED"] = chosen.generated
+        if chosen.out == DEFAULT_OUT:
+            chosen.out = DEFAULT_OUT.with_name("pytorch-generated")
     workers = {"candle-norm": build_worker(["cargo"])}
     if chosen.patched:
         workers["patched"] = build_worker([HERE.parent / "patched-candle.sh"])
