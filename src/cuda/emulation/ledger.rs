@@ -36,6 +36,8 @@ fn sample(launch: &Launch, params: &Params) -> (u32, u32) {
         BackwardRows | BackwardRowsCluster | BackwardPlain | BackwardPlainWide | BackwardPlainCluster
         | GatedBackward => (2, 1),
         SplitColumnSums => (2, params.schedule.part_width),
+        // The first blocks may have a turn more than the others.
+        ForwardSeveral => (48, 1),
         _ => (6, 1),
     };
     // Of many neighbours the last one counts for little.
