@@ -18,11 +18,8 @@ pub fn candle_norm(row: &Row, args: Args) -> Layer {
         match kind {
             Norm::AddLayerNorm => fused::add_layer_norm(x, other()?, &n, w, b, EPS).map(sum),
             Norm::AddRmsNorm => fused::add_rms_norm(x, other()?, &n, w, 0.0, EPS).map(sum),
-            Norm::GroupNormSilu { groups } => {
-                fused::group_norm_act(x, groups, w, b, EPS, None, Activation::Silu).map(Outputs::one)
-            }
-            Norm::GroupNormGelu { groups } => {
-                fused::group_norm_act(x, groups, w, b, EPS, None, Activation::Gelu).map(Outputs::one)
+            Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
+                fused::group_norm_act(x, groups, w, b, EPS, None, behind_groups(kind)).map(Outputs::one)
             }
             Norm::BatchNormSkipRelu => {
                 let (running, skip) = ((Some(mean), Some(var)), Some(other()?));
@@ -36,6 +33,14 @@ pub fn candle_norm(row: &Row, args: Args) -> Layer {
             _ => bail!("{kind} is a plain norm"),
         }
     })
+}
+
+/// The activation of a group norm.
+fn behind_groups(norm: Norm) -> Activation {
+    match norm {
+        Norm::GroupNormGelu { .. } => Activation::Gelu,
+        _ => Activation::Silu,
+    }
 }
 
 /// candle-norm's norm of a row without what stands around it: what that may cost is reckoned from here.
@@ -88,8 +93,7 @@ pub fn candle_nn(row: &Row, args: Args, mode: Mode) -> Result<Layer> {
         }
         Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
             let norm = candle_nn::GroupNorm::new(weight, need(bias)?, row.case.shape[1], groups, EPS)?;
-            let silu = matches!(kind, Norm::GroupNormSilu { .. });
-            let activation = if silu { Activation::Silu } else { Activation::Gelu };
+            let activation = behind_groups(kind);
             Box::new(move |x| activation.forward(&norm.forward(x)?).map(Outputs::one))
         }
         Norm::BatchNormSkipRelu => {

@@ -3,6 +3,7 @@
 //! Apart, because rows of real models are what is aimed at; these show what was not.
 
 use super::{Case, Norm};
+use std::sync::OnceLock;
 
 /// Numbers of Knuth's linear congruential generator (MMIX): a run is made again by its seed.
 struct Random(u64);
@@ -25,16 +26,21 @@ impl Random {
 }
 
 /// `COUNT` or `COUNT,SEED` in the environment.
-pub fn asked_for() -> Option<Vec<Case>> {
-    let asked = std::env::var("CANDLE_NORM_BENCH_GENERATED").ok()?;
-    let (count, seed) = asked.split_once(',').unwrap_or((&asked, "1"));
-    Some(cases(count.parse().ok()?, seed.parse().ok()?))
+pub fn asked_for() -> Option<&'static [Case]> {
+    static CASES: OnceLock<Option<Vec<Case>>> = OnceLock::new();
+    let made = || {
+        let asked = std::env::var("CANDLE_NORM_BENCH_GENERATED").ok()?;
+        let (count, seed) = asked.split_once(',').unwrap_or((&asked, "1"));
+        let number = |n: &str| n.parse().expect("CANDLE_NORM_BENCH_GENERATED is COUNT or COUNT,SEED");
+        Some(cases(number(count), number(seed)))
+    };
+    CASES.get_or_init(made).as_deref()
 }
 
-fn cases(count: usize, seed: u64) -> Vec<Case> {
+fn cases(count: u64, seed: u64) -> Vec<Case> {
     let mut random = Random(seed);
     let mut cases: Vec<Case> = vec![];
-    while cases.len() < count {
+    while (cases.len() as u64) < count {
         let case = case(&mut random);
         // A row's name does not tell its groups.
         if cases.iter().all(|c| (c.norm.to_string(), c.shape) != (case.norm.to_string(), case.shape)) {

@@ -56,15 +56,24 @@ impl Norm {
         }
     }
 
+    pub fn groups(self) -> Option<usize> {
+        match self {
+            Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
+                Some(groups)
+            }
+            _ => None,
+        }
+    }
+
     /// Elements that share a mean and a variance; for evaluation, none do.
     pub fn set_len(self, shape: &[usize]) -> usize {
         let elements: usize = shape.iter().product();
+        if let Some(groups) = self.groups() {
+            return elements / shape[0] / groups;
+        }
         match self {
             Norm::BatchNorm | Norm::BatchNormSkipRelu => elements / shape[1],
             Norm::BatchNormEval => 1,
-            Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
-                elements / shape[0] / groups
-            }
             Norm::InstanceNorm => elements / shape[0] / shape[1],
             Norm::LayerNorm2d => shape[1],
             _ => shape[shape.len() - 1],
@@ -203,8 +212,8 @@ pub struct Row {
 impl Row {
     /// Every case in f32, then in bf16; or as many as `CANDLE_NORM_BENCH_GENERATED` says, made at random.
     pub fn all() -> impl Iterator<Item = Row> {
-        let cases = generated::asked_for().unwrap_or_else(|| CASES.to_vec());
-        cases.into_iter().flat_map(|case| [DType::F32, DType::BF16].map(|dtype| Row { case, dtype }))
+        let cases = generated::asked_for().unwrap_or(CASES);
+        cases.iter().flat_map(|&case| [DType::F32, DType::BF16].map(|dtype| Row { case, dtype }))
     }
 
     pub fn param_dtype(&self) -> DType {

@@ -64,7 +64,6 @@ CONTENDERS = {
 BATCH = 50_000
 #: The middle half of the rounds' ratios may span this factor: rounds that are further apart disagree.
 AGREE = 1.25
-DEFAULT_OUT = ROOT / "target" / "pytorch"
 #: What tells one line of the table from another.
 KEY = ("norm", "shape", "dtype", "figure", "threads", "malloc")
 
@@ -403,7 +402,7 @@ def options():
     parser.add_argument("--figures", nargs="+", choices=FIGURES, default=list(FIGURES))
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--block-ms", type=float, default=25.0, help="how long a block of calls should take")
-    parser.add_argument("--out", type=pathlib.Path, default=DEFAULT_OUT)
+    parser.add_argument("--out", type=pathlib.Path, help="default target/pytorch, of generated rows target/pytorch-generated")
     parser.add_argument("--generated", metavar="COUNT[,SEED]", help="rows made at random, instead of models' own")
     parser.add_argument("--patched", action="store_true", help="take the step with a patched candle-core too")
     parser.add_argument("--memory", action="store_true", help="take the memory of a step, and no times")
@@ -419,8 +418,7 @@ def main():
         for figure, contenders in CONTENDERS.items():
             CONTENDERS[figure] = tuple(name for name in contenders if name != "compiled")
         os.environ["CANDLE_NORM_BENCH_GENERATED"] = chosen.generated
-        if chosen.out == DEFAULT_OUT:
-            chosen.out = DEFAULT_OUT.with_name("pytorch-generated")
+    chosen.out = chosen.out or ROOT / "target" / ("pytorch-generated" if chosen.generated else "pytorch")
     workers = {"candle-norm": build_worker(["cargo"])}
     if chosen.patched:
         workers["patched"] = build_worker([HERE.parent / "patched-candle.sh"])

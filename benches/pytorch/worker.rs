@@ -65,16 +65,10 @@ fn row(id: &str) -> Result<Row> {
 }
 
 fn describe(row: &Row) -> Value {
-    let groups = match row.case.norm {
-        Norm::GroupNorm { groups } | Norm::GroupNormSilu { groups } | Norm::GroupNormGelu { groups } => {
-            Some(groups)
-        }
-        _ => None,
-    };
     json!({
         "id": row.to_string(),
         "norm": row.case.norm.to_string(),
-        "groups": groups,
+        "groups": row.case.norm.groups(),
         "shape": row.case.shape,
         "model": row.case.model,
         "dtype": row.dtype.as_str(),

@@ -83,14 +83,19 @@ fn times_far_sigmoid(all: &mut [f32; LANES], [v, x, more]: [[f32; LANES]; 3]) {
 /// Of x above `NEAR`: `1 + 2^n` loses nothing that matters there, so that a power of two is enough.
 #[inline(always)]
 fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>, more: Option<F<S>>) -> F<S> {
-    let x = c(s, 80.0).min(x);
-    let magic = c(s, MAGIC);
-    let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
-    let (n, minus_pow2) = (shifted - magic, shifted.exponent());
-    let r = n.fma(c(s, 0.693_359_375), x);
-    let r = n.fma(c(s, -2.121_944_4e-4), r);
+    let [minus_pow2, r] = power_and_rest(s, c(s, 80.0).min(x));
     let t = lost_to_power(s, more.map_or(r, |more| r + more));
     v.div(t.fma(minus_pow2, c(s, 1.0) - minus_pow2))
+}
+
+/// `-2^n` and r, of which `2^n e^-r` is `e^-x`.
+#[inline(always)]
+fn power_and_rest<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
+    let magic = c(s, MAGIC);
+    let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
+    let n = shifted - magic;
+    let r = n.fma(c(s, 0.693_359_375), x);
+    [shifted.exponent(), n.fma(c(s, -2.121_944_4e-4), r)]
 }
 
 /// `1 - e^-r = r + r^2 q`: minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
@@ -199,23 +204,20 @@ fn times_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
         let n = x.fma(d(s, -std::f64::consts::LOG2_E), d(s, ROUND)) - d(s, ROUND);
         [n, n.fma(d(s, std::f64::consts::LN_2), x)]
     });
-    times_half_power(s, v, narrowed(s, &n), narrowed(s, &r))
+    times_half_power(s, v, [(narrowed(s, &n) + c(s, MAGIC)).exponent(), narrowed(s, &r)])
 }
 
 /// The same all in f32, off by 2^-18 of itself: what is rounded to 16 bits next hardly shows it.
 #[inline(always)]
 fn times_rough_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
-    let x = gelu_tail!(s, a, c);
-    let n = x.fma(c(s, -std::f32::consts::LOG2_E), c(s, MAGIC)) - c(s, MAGIC);
-    let r = n.fma(c(s, -2.121_944_4e-4), n.fma(c(s, 0.693_359_375), x));
-    times_half_power(s, v, n, r)
+    times_half_power(s, v, power_and_rest(s, gelu_tail!(s, a, c)))
 }
 
 /// `v / 2 * 2^n e^-r`.
 #[inline(always)]
-fn times_half_power<S: Simd>(s: S, v: F<S>, n: F<S>, r: F<S>) -> F<S> {
+fn times_half_power<S: Simd>(s: S, v: F<S>, [minus_pow2, r]: [F<S>; 2]) -> F<S> {
     let half = v * c(s, 0.5);
-    lost_to_power(s, r).fma(half, c(s, 0.0) - half) * (n + c(s, MAGIC)).exponent()
+    lost_to_power(s, r).fma(half, c(s, 0.0) - half) * minus_pow2
 }
 
 /// `z * erfc(-z / sqrt(2)) / 2`; `rough`: to be rounded to 16 bits.
@@ -235,12 +237,8 @@ fn gelu_slope<S: Simd>(s: S, z: F<S>) -> F<S> {
     let a = z.le(zero, zero - z, z).min(c(s, 13.0));
     let tail = times_tail(s, one, a.min(c(s, GELU_FAR)));
     // e^(-a^2 / 2), off by as much as the square is rounded: beside the distribution nothing.
-    let half_square = a * a * c(s, 0.5);
-    let shifted = half_square.fma(c(s, -std::f32::consts::LOG2_E), c(s, MAGIC));
-    let n = shifted - c(s, MAGIC);
-    let r = n.fma(c(s, 0.693_359_375), half_square);
-    let r = n.fma(c(s, -2.121_944_4e-4), r);
-    let density = (lost_to_power(s, r) - one) * shifted.exponent() * c(s, 0.398_942_28);
+    let [minus_pow2, r] = power_and_rest(s, a * a * c(s, 0.5));
+    let density = (lost_to_power(s, r) - one) * minus_pow2 * c(s, 0.398_942_28);
     let bent = a * density;
     let near = z.le(zero, tail - bent, (one - tail) + bent);
     or_by_lane(s, z, near, |z| slope_f64(Activation::Gelu, z))

@@ -1,6 +1,7 @@
 //! The functions in vectors against f64: exhaustively by hand, in strides always.
 
 use crate::cpu::activations::{slope_f64, value_f64};
+use crate::cpu::element::Element;
 use crate::cpu::loops::{Behind, Conversions, Wide};
 use crate::cpu::simd_level::Level;
 use crate::cpu::tile::Tile;
@@ -51,17 +52,19 @@ fn worst(step: usize, f: impl Fn(&mut [f32]), exact: impl Fn(f64) -> f64) -> (f6
 /// What each may be off by.
 const ULPS: f64 = 2.0;
 
-fn activate(level: Level, activation: Activation, z: &mut [f32]) {
-    let (x, n) = (z.to_vec(), z.len());
-    let mut y = OutTile::alone(z, Tile { rows: 0..1, columns: 0..n });
+fn activated<T: Element<Acc = f32>>(level: Level, activation: Activation, z: &[f32]) -> Vec<T> {
+    let mut y = vec![T::zero(); z.len()];
+    let mut out = OutTile::alone(&mut y, Tile { rows: 0..1, columns: 0..z.len() });
     let behind = Behind { skip: None, activation: Some(activation), gate: None };
-    Conversions::<f32>::of(level).finish(Strided::row_of(&x), y.whole(), behind);
+    Conversions::<T>::of(level).finish(Strided::row_of(z), out.whole(), behind);
+    drop(out);
+    y
 }
 
 fn check(step: usize) {
     for level in Level::available() {
         for activation in Activation::ALL {
-            let f = |z: &mut [f32]| activate(level, activation, z);
+            let f = |z: &mut [f32]| z.copy_from_slice(&activated::<f32>(level, activation, z));
             let (error, at) = worst(step, f, |z| value_f64(activation, z));
             println!("{activation:?} at {}: {error:.2} ulp at {at:e}", level.name());
             assert!(error <= ULPS, "{activation:?} at {}: {error} ulp at {at:e}", level.name());
@@ -84,15 +87,10 @@ fn activations_of_every_f32() {
 #[test]
 fn activations_of_every_bf16() {
     let finite = |x: &bf16| x.is_finite();
-    let x: Vec<_> = (0..=u16::MAX).map(bf16::from_bits).filter(finite).collect();
-    let (z, n): (Vec<f32>, _) = (x.iter().map(|x| x.to_f32()).collect(), x.len());
+    let z: Vec<f32> = (0..=u16::MAX).map(bf16::from_bits).filter(finite).map(bf16::to_f32).collect();
     for level in Level::available() {
         for activation in Activation::ALL {
-            let mut y = vec![bf16::ZERO; n];
-            let mut out = OutTile::alone(&mut y, Tile { rows: 0..1, columns: 0..n });
-            let behind = Behind { skip: None, activation: Some(activation), gate: None };
-            Conversions::<bf16>::of(level).finish(Strided::row_of(&z), out.whole(), behind);
-            drop(out);
+            let y = activated::<bf16>(level, activation, &z);
             for (y, z) in y.iter().zip(&z) {
                 let exact = value_f64(activation, f64::from(*z));
                 // Beyond the largest number it rounds to infinity.

@@ -313,8 +313,8 @@ fn the_batch_does_not_choose_the_kernels() {
     // Nor which lanes add up a set; how many sets a block of the forward has, it may.
     let kernels = |plan: Plan| {
         let of = |l: &Launch| match l.entry.kernel() {
-            kernel @ (Kernel::ForwardSeveral | Kernel::ForwardHeld) => (kernel, plan.schedule.lanes, 0),
-            kernel => (kernel, l.block, l.shared),
+            Kernel::ForwardSeveral | Kernel::ForwardHeld => (l.entry, plan.schedule.lanes, 0),
+            _ => (l.entry, l.block, l.shared),
         };
         plan.launches.iter().map(of).collect::<Vec<_>>()
     };
