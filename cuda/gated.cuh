@@ -127,15 +127,16 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
         }
     };
     GatedRow<T, V> next = {};
-    const auto ask = [&](u64 item) {
-        if (item < work.end) next.fetch(p, columns, item);
+    const u32 turns = work.turns(0), own_turns = work.turns(mine);
+    const auto ask = [&](u32 turn) {
+        if (turn < own_turns) next.fetch(p, columns, work.item(mine, turn));
     };
     const A inverse = A(1) / A(p.count);
-    ask(work.first + mine);
-    for (u64 item = work.first + mine; item - mine < work.end; item += work.step) {
-        const bool active = item < work.end;
+    ask(0);
+    for (u32 turn = 0; turn < turns; ++turn) {
+        const bool active = turn < own_turns;
         GatedRow<T, V> of = next;
-        if constexpr (AHEAD) ask(item + work.step);
+        if constexpr (AHEAD) ask(turn + 1);
         const A rstd = of.stats.stats(p).rstd;
         A sums[1] = {};
         columns.each([&](int k, u32 e) {
@@ -154,7 +155,7 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
         });
         group.sum(sums);
         const A mean = sums[0] * inverse;
-        const u64 base = item * p.width;
+        const u64 base = work.item(mine, turn) * p.width;
         T *dx = static_cast<T*>(p.out) + base, *dgate = static_cast<T*>(p.dgate) + base;
         columns.each([&](int k, u32 e) {
             A x[V], d[V], w[V], silu[V], slope[V];
@@ -172,7 +173,7 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
             if (p.out) store_global<T, V>(dx + e, silu);
             if (p.dgate) store_global<T, V>(dgate + e, slope);
         });
-        if constexpr (!AHEAD) ask(item + work.step);
+        if constexpr (!AHEAD) ask(turn + 1);
     }
     if (!p.has(WANT_PARAMS)) return;
     if (per_block > 1) add_groups(dweight, reinterpret_cast<A*>(shared_memory() + Group<A, 1>::BYTES), p.lanes);

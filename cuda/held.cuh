@@ -219,9 +219,10 @@ template <class T, int V, int C> __device__ void forward_held(const Params& p) {
 }
 
 // Of a thread of forward_kept and forward_several: src/cuda/plan/held.rs counts the same. A pack of one element takes a
-// register, whatever its size. Elements of four bytes need fewer instructions a byte, and leave slots for more threads: 16384
-// rows of 1024 f32 on an H100 1.14 times as fast with half the bytes, where rows of bf16 took 1.03 times as long.
-template <class T, int V, int C = 1> constexpr int KEPT_BYTES = V == 1 && sizeof(T) == 2 ? 32 : V > 1 && sizeof(T) == 4 && C == 1 ? 64 : 128;
+// register, whatever its size. Packs of 16 bytes in a block alone are few, for which more threads load: rows of 1024 f32 on an
+// H100 1.15 times as fast as with 128 bytes, a single row of 4096 bf16 1.28 times, 8192 of them 0.97 times.
+template <class T, int V, int C = 1>
+constexpr int KEPT_BYTES = V == 1 && sizeof(T) == 2 ? 32 : Pack<T, V>::BYTES == 16 && C == 1 ? 64 : 128;
 
 // The output of a set or chunk in registers, with plain parameters. `one` is the whole set's, where it has one.
 template <class T, int V, class Where, class A, class H>

@@ -140,7 +140,7 @@ template <class T, int V, class A> __device__ inline void put_param_gradients(co
 // 1.03 times as fast on an H100. Rows of a cluster, or of single elements, are a range of neighbours for each worker: by turns
 // they took 1.05 to 1.15 times as long.
 struct Work {
-    u64 first, end, step, line, sample, copy;
+    u64 first, end, step, line, sample, copy; // items: outer blocks
 
     __device__ Work(const Params& p, u32 cluster, u32 per_block, bool turns) {
         const u64 block = blockIdx.x / cluster, tokens = p.tokens ? p.tokens : p.outer;
@@ -158,6 +158,9 @@ struct Work {
             step = per_block;
         }
     }
+    // Rows of a group of the block: one in each turn. The first group has the most.
+    __device__ u32 turns(u32 group) const { return first + group < end ? u32(quotient(end - first - group + step - 1, step)) : 0; }
+    __device__ u64 item(u32 group, u32 turn) const { return first + group + turn * step; }
     // All rows of a worker lie alike in their blocks, and are of one sample.
     __device__ u64 in_block(const Params& p) const { return line * p.run; }
     __device__ u64 first_param(const Params& p) const { return line * p.set_params + (p.tokens ? sample * p.params : 0); }
@@ -210,8 +213,10 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
         return Row{base, p.has(BLOCKS) ? block_start(p, item) + in_block : base, work.first_param(p)};
     };
     Summary<A> ahead_stats = {};
-    const auto ask = [&](u64 item, u32 stage) {
-        if (item < work.end) {
+    const u32 turns = work.turns(0), own_turns = work.turns(mine);
+    const auto ask = [&](u32 turn, u32 stage) {
+        if (turn < own_turns) {
+            const u64 item = work.item(mine, turn);
             const Row at = place(item);
             if constexpr (V > 1) {
                 hold_few<N>(slice, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
@@ -246,14 +251,14 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     }
     const A inverse = A(1) / A(p.count);
     u32 stage = 0;
-    ask(work.first + mine, stage);
-    for (u64 item = work.first + mine; item - mine < work.end; item += work.step, stage ^= p.stages > 1) {
-        const bool active = item < work.end;
-        const Row at = place(active ? item : work.first);
+    ask(0, stage);
+    for (u32 turn = 0; turn < turns; ++turn, stage ^= p.stages > 1) {
+        const bool active = turn < own_turns;
+        const Row at = place(work.item(mine, active ? turn : 0));
         // Loaded a row ahead: two trips to memory, one behind the other, would be most of a row's time.
         const Summary<A> kept = ahead_stats;
         if (p.stages > 1) {
-            ask(item + work.step, stage ^ 1);
+            ask(turn + 1, stage ^ 1);
             copies_done<1>();
         } else {
             copies_done();
@@ -296,7 +301,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
                 store_global<T, V>(out + k * slice.lanes * V, values);
             });
         }
-        if (p.stages == 1) ask(item + work.step, 0);
+        if (p.stages == 1) ask(turn + 1, 0);
     }
     put_columns<T, V, N>(p, work, slice, reinterpret_cast<A*>(memory), per_block, mine, dweight, dbias);
     group.leave();

@@ -62,24 +62,25 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
 
     // Where the row starts in which this thread is, from its first column on, and which set it is; others lie a number of
     // steps ahead.
-    u64 item, end, step, here, set;
-    u32 stage = 0;
+    u64 here, set, step;
+    u32 turn = 0, turns, own_turns, stage = 0;
     {
         const Work work(p, C, per_block, TURNS);
-        item = work.first + mine, end = work.end, step = work.step;
+        const u64 item = work.item(mine, 0);
+        step = work.step, turns = work.turns(0), own_turns = work.turns(mine);
         here = item * p.width + work.in_block(p) + (slice.first + slice.lane) * V;
         set = item * p.sets_per_outer + work.line;
     }
     const auto x_of = [&](u32 steps) {
         const T* x = static_cast<const T*>(p.x) + here + steps * step * p.width;
         if (!p.has(BLOCKS)) return x;
-        const u64 of = item + steps * step;
-        return x + block_start(p, of) - of * p.width;
+        const u64 item = quotient(set, p.sets_per_outer) + steps * step;
+        return x + block_start(p, item) - item * p.width;
     };
     const auto dy_of = [&](u32 steps) { return static_cast<const T*>(p.dy) + here + steps * step * p.width; };
     const auto ask = [&](u32 steps, u32 stage) {
         if constexpr (STRAIGHT) return;
-        if (item + steps * step < end) {
+        if (turn + steps < own_turns) {
             const T *x = x_of(steps), *dy = dy_of(steps);
             const SharedAddress to = held_address + stage * stage_bytes;
 #pragma unroll
@@ -94,7 +95,7 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     // Statistics come a row ahead: two trips to memory, one behind the other, would be most of a row's time.
     Summary<float> ahead = {};
     const auto ask_stats = [&](u32 steps) {
-        if (item + steps * step < end) ahead = Summary<float>(p, set + steps * step * p.sets_per_outer);
+        if (turn + steps < own_turns) ahead = Summary<float>(p, set + steps * step * p.sets_per_outer);
     };
     ask(0, 0);
     if (p.stages > 1) ask(1, 1);
@@ -106,8 +107,8 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     });
     const float eps = float(p.eps), inverse = 1.0f / float(p.count);
     float dweight[E] = {}, dbias[E] = {};
-    for (; item - mine < end; item += step) {
-        const bool active = item < end;
+    for (; turn < turns; ++turn) {
+        const bool active = turn < own_turns;
         const Stats<float> stats = {ahead.mean, ahead.low, inverse_sqrt(ahead.var + eps)};
         ask_stats(1);
         if (p.stages > 1) {

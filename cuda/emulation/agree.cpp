@@ -83,10 +83,10 @@ const Fact FACTS[] = {
     ELEMENT(f32, float), ELEMENT(f16, __half), ELEMENT(bf16, __nv_bfloat16), ELEMENT(f64, double),
     ACCUMULATOR(f32, float), ACCUMULATOR(f64, double),
     {"threads of a group", 32 * Group<float, 1>::WARPS, 0},
-    {"bytes that a thread keeps", KEPT_BYTES<__nv_bfloat16, 8>, 0},
+    {"bytes that a thread keeps", KEPT_BYTES<__nv_bfloat16, 4>, 0},
+    {"bytes in packs of 16 that a thread keeps", KEPT_BYTES<__nv_bfloat16, 8>, 0},
+    {"bytes in packs of 16 that a thread of a cluster keeps", KEPT_BYTES<__nv_bfloat16, 8, 8>, 0},
     {"bytes of single elements that a thread keeps", KEPT_BYTES<__nv_bfloat16, 1>, 0},
-    {"bytes of f32 that a thread keeps", KEPT_BYTES<float, 4>, 0},
-    {"bytes of f32 that a thread of a cluster keeps", KEPT_BYTES<float, 4, 8>, 0},
     {"bytes of a chunk", CHUNK_BYTES * 256, 0},
     {"blocks of a cluster", Exchange<float, 8>::VALUES / 3, 0},
 };

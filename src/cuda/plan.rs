@@ -28,9 +28,7 @@ const COMBINE_BLOCK: usize = 256;
 pub(super) fn bounds(entry: Entry) -> (usize, usize) {
     use Kernel::*;
     match entry.kernel() {
-        _ if Entry::new(ForwardKept, Element::F32, Access::Vector) == Some(entry) => {
-            (held::KEPT_BLOCK_F32, 1)
-        }
+        ForwardKept if entry.access() == Access::Vector => (held::KEPT_BLOCK_VECTOR, 1),
         ForwardHeld | BackwardRows | BackwardSets | GatedForward | GatedBackward => (held::MAX_BLOCK, 1),
         BackwardPlain | BackwardPlainWide => (held::MAX_BLOCK, 1),
         ForwardKept | ForwardSeveral => (held::KEPT_BLOCK, 1),

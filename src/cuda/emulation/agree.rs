@@ -113,8 +113,9 @@ fn of_rust() -> Facts {
     facts.insert("blocks of a cluster".into(), (held::CLUSTER as u64, 0));
     facts.insert("bytes that a thread keeps".into(), (held::KEPT_BYTES as u64, 0));
     facts.insert("bytes of single elements that a thread keeps".into(), (held::KEPT_SINGLE_BYTES as u64, 0));
-    facts.insert("bytes of f32 that a thread keeps".into(), (held::KEPT_BYTES_F32 as u64, 0));
-    facts.insert("bytes of f32 that a thread of a cluster keeps".into(), (held::KEPT_BYTES as u64, 0));
+    facts.insert("bytes in packs of 16 that a thread keeps".into(), (held::KEPT_BYTES_VECTOR as u64, 0));
+    facts
+        .insert("bytes in packs of 16 that a thread of a cluster keeps".into(), (held::KEPT_BYTES as u64, 0));
     facts.insert("bytes of a chunk".into(), (split::FORWARD_BYTES as u64, 0));
     facts.extend(activations.map(|(name, of)| (name.into(), (activation_code(of).0.into(), 0))));
     facts

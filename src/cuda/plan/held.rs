@@ -13,8 +13,8 @@ use candle_core::{bail, Result};
 /// Bytes of a set for each of its threads: eight accesses of 16. What a thread does once for a set, some five hundred
 /// instructions, is then as many as eight of them cost (`cuda/roofline.txt`).
 const THREAD_BYTES: usize = 128;
-/// The same of a forward whose elements are of four bytes, in a block alone.
-const THREAD_BYTES_F32: usize = 64;
+/// The same of a forward with accesses of 16 bytes, in a block alone.
+const THREAD_BYTES_VECTOR: usize = 64;
 /// Threads of the widest blocks, as the launch bounds say.
 pub(crate) const MAX_BLOCK: usize = 512;
 /// The same for blocks of a cluster, `backward_rows` excepted.
@@ -29,13 +29,13 @@ const ALONE_BYTES: usize = 96 << 10;
 pub(crate) const CLUSTER: usize = 8;
 /// Bytes of a thread that `forward_kept` and `forward_several` have registers for (`KEPT_BYTES`).
 pub(crate) const KEPT_BYTES: usize = 128;
-/// The same of packs of f32, but for clusters.
-pub(crate) const KEPT_BYTES_F32: usize = 64;
+/// The same of accesses of 16 bytes, but for clusters.
+pub(crate) const KEPT_BYTES_VECTOR: usize = 64;
 /// The same of single elements of two bytes, which take a register each.
 pub(crate) const KEPT_SINGLE_BYTES: usize = 32;
 /// Threads of its widest blocks, which take sets of 32 KB.
 pub(crate) const KEPT_BLOCK: usize = 256;
-pub(crate) const KEPT_BLOCK_F32: usize = 512;
+pub(crate) const KEPT_BLOCK_VECTOR: usize = 512;
 
 /// Elements of x, and of dy, that a thread of `backward_rows` has (`BACKWARD_ELEMENTS`).
 pub(crate) fn backward_elements(element: Element) -> usize {
@@ -199,9 +199,9 @@ impl Builder<'_> {
         let unit = self.unit(access);
         // Single elements, for which there is no kernel of clusters and none of several sets.
         let single = access == Access::Scalar;
-        let (bytes, block) = match self.r.element.bytes() {
-            2 if single => (KEPT_SINGLE_BYTES, KEPT_BLOCK),
-            4 if !single && held.cluster == 1 => (KEPT_BYTES_F32, KEPT_BLOCK_F32),
+        let (bytes, block) = match access {
+            Access::Scalar if self.r.element.bytes() == 2 => (KEPT_SINGLE_BYTES, KEPT_BLOCK),
+            Access::Vector if held.cluster == 1 => (KEPT_BYTES_VECTOR, KEPT_BLOCK_VECTOR),
             _ => (KEPT_BYTES, KEPT_BLOCK),
         };
         held.block <= block
@@ -240,8 +240,8 @@ pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
     b.set_segments(b.runs());
     let may_keep = b.may_keep();
     let alone = if may_keep && access != Access::Scalar { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
-    let each = match b.r.element {
-        Element::F32 if access == Access::Vector => THREAD_BYTES_F32,
+    let each = match access {
+        Access::Vector if b.r.element != Element::F64 => THREAD_BYTES_VECTOR,
         _ => THREAD_BYTES,
     };
     let held = b.place(access, each, 2, alone, |slice, lanes| match lanes <= 32 {
