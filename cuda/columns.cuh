@@ -19,11 +19,12 @@ struct Tile {
         t.tiles = quotient(p.width + tile_width - 1, tile_width);
         const u64 rest = quotient(block, t.tiles);
         t.tile = block - rest * t.tiles;
-        t.outer = quotient(rest, p.chunks);
+        t.outer = quotient(rest, p.chunks, p.by_chunks);
         t.chunk = rest - t.outer * p.chunks;
-        t.lane = threadIdx.x % p.lanes;
-        t.row_lane = threadIdx.x / p.lanes;
-        t.row_lanes = blockDim.x / p.lanes;
+        const u32 shift = log2_of(p.lanes);
+        t.lane = threadIdx.x & (p.lanes - 1);
+        t.row_lane = threadIdx.x >> shift;
+        t.row_lanes = blockDim.x >> shift;
         t.column = t.tile * tile_width + t.lane * V;
         t.first = t.chunk * p.chunk_rows;
         t.last = t.first + p.chunk_rows < p.rows ? t.first + p.chunk_rows : p.rows;
@@ -44,10 +45,6 @@ struct Tile {
 // Second passes start where the first have ended: what was read last may still be in the L2 cache.
 __device__ inline u64 from_the_end() { return gridDim.x - 1 - blockIdx.x; }
 
-__device__ inline u64 divide(u64 n, const Divisor& by, u64 exact) {
-    return exact == 1 ? n : n < 0x80000000u ? by(u32(n)) : divide_call(n, exact);
-}
-
 // Calls f(v) for the columns of a thread, or for the first alone where all of them are of the same `len`
 // neighbours; then copy(v), for the others.
 template <int V, class F, class G> __device__ inline void each_column(u64 len, F f, G copy) {
@@ -63,7 +60,7 @@ template <int V, class F, class G> __device__ inline void each_column(u64 len, F
 }
 
 __device__ inline u64 set_of(const Params& p, const Tile& tile, int v) {
-    return tile.outer * p.sets_per_outer + divide(tile.column + v, p.by_seg, p.run);
+    return tile.outer * p.sets_per_outer + quotient(tile.column + v, p.run, p.by_seg);
 }
 
 template <int V, class A> __device__ inline void load_tile_stats(const Params& p, const Tile& tile, Stats<A> (&stats)[V]) {
@@ -94,7 +91,7 @@ template <Loop LOOP, class T, int V, class A> struct TileAffine {
         for (int v = 0; v < V; ++v) w[v] = 1, b[v] = 0;
         if (by_row() || !tile.inside(p)) return;
         const auto load = [&](int v) {
-            const u64 param = divide(tile.column + v, p.by_span, p.span);
+            const u64 param = quotient(tile.column + v, p.span, p.by_span);
             w[v] = affine.weight_at(param);
             b[v] = affine.bias_at(param);
         };
@@ -412,7 +409,7 @@ template <class T, int V> __device__ void column_backward(const Params& p) {
             const u64 set = set_of(p, tile, v);
             sums[v][0] = sums_of[set];
             sums[v][1] = sums_of[p.sets + set];
-            const u64 param = divide(tile.column + v, p.by_span, p.span);
+            const u64 param = quotient(tile.column + v, p.span, p.by_span);
             to_means(p, p.has(UNWEIGHTED) && !p.has(PER_ROW) ? Affine<A, T>(p, 0).weight_at(param) : A(1), sums[v]);
         };
         each_column<V>(p.run, load, [&](int v) { sums[v][0] = sums[0][0], sums[v][1] = sums[0][1]; });

@@ -36,7 +36,7 @@ struct PartWalk {
 __device__ inline u64 part_count(const Params& p, const PartWalk& at) {
     if (p.chunk_rows == 0) {
         if (p.pieces > 1) {
-            const u64 first = (at.i - quotient(at.i, p.pieces) * p.pieces) * p.chunk_len;
+            const u64 first = (at.i - quotient(at.i, p.pieces, p.by_pieces) * p.pieces) * p.chunk_len;
             return p.seg_len - first < p.chunk_len ? p.seg_len - first : p.chunk_len;
         }
         const u64 first = at.i * p.segs_per_chunk;

@@ -53,7 +53,7 @@ template <class T, int V> __device__ void gated_forward(const Params& p) {
         columns.fetch(static_cast<const T*>(p.x) + at.x_base, x);
         columns.fetch(static_cast<const T*>(p.gate) + at.base, gate);
         const Affine<A, T> affine(p, at.first_param);
-        if (p.has(PER_COLUMN)) affine.ask(0, u32(p.set_len), group.lane, p.lanes);
+        if (p.has(PER_COLUMN)) affine.ask(0, u32(p.set_len), threadIdx.x, blockDim.x);
         A u[N][V], m2[1] = {};
         columns.each([&](int k, u32) {
             A g[V];
@@ -112,9 +112,8 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
     constexpr bool AHEAD = sizeof(T) == 2 && V > 1;
     Group<A, 1> group(p.lanes, shared_memory());
     const Columns<T, V> columns(p, group.lane);
-    const Work work(p, 1);
     const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
-    const u32 rows = work.last > work.first ? u32(work.last - work.first) : 0;
+    const Work work(p, 1, per_block, V > 1);
     const Affine<A, T> affine(p, 0);
     A weights[N][V] = {}, dweight[N * V] = {}, none[N * V] = {};
     // Kept for all rows; with an element an access there is no register for them.
@@ -128,15 +127,16 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
         }
     };
     GatedRow<T, V> next = {};
-    const auto ask = [&](u32 row) {
-        if (row < rows) next.fetch(p, columns, work.first + row);
+    const u32 turns = work.turns(0), own_turns = work.turns(mine);
+    const auto ask = [&](u32 turn) {
+        if (turn < own_turns) next.fetch(p, columns, work.item(mine, turn));
     };
     const A inverse = A(1) / A(p.count);
-    ask(mine);
-    for (u32 row = mine; row - mine < rows; row += per_block) {
-        const bool active = row < rows;
+    ask(0);
+    for (u32 turn = 0; turn < turns; ++turn) {
+        const bool active = turn < own_turns;
         GatedRow<T, V> of = next;
-        if constexpr (AHEAD) ask(row + per_block);
+        if constexpr (AHEAD) ask(turn + 1);
         const A rstd = of.stats.stats(p).rstd;
         A sums[1] = {};
         columns.each([&](int k, u32 e) {
@@ -155,7 +155,7 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
         });
         group.sum(sums);
         const A mean = sums[0] * inverse;
-        const u64 base = (work.first + row) * p.width;
+        const u64 base = work.item(mine, turn) * p.width;
         T *dx = static_cast<T*>(p.out) + base, *dgate = static_cast<T*>(p.dgate) + base;
         columns.each([&](int k, u32 e) {
             A x[V], d[V], w[V], silu[V], slope[V];
@@ -173,7 +173,7 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
             if (p.out) store_global<T, V>(dx + e, silu);
             if (p.dgate) store_global<T, V>(dgate + e, slope);
         });
-        if constexpr (!AHEAD) ask(row + per_block);
+        if constexpr (!AHEAD) ask(turn + 1);
     }
     if (!p.has(WANT_PARAMS)) return;
     if (per_block > 1) add_groups(dweight, reinterpret_cast<A*>(shared_memory() + Group<A, 1>::BYTES), p.lanes);

@@ -135,20 +135,32 @@ template <class T, int V, class A> __device__ inline void put_param_gradients(co
     if (p.dbias) store<T, V>(static_cast<T*>(p.dbias) + param, b);
 }
 
-// The rows of a block of backward_rows: one set of each outer block of a range, all of one sample.
+// The rows of a block of backward_rows: one set of each outer block, all of one sample; those of its groups are neighbours.
+// Workers take turns where TURNS is, so that what all of them read and write at one time lies together: 8192 rows of 4096 bf16
+// 1.03 times as fast on an H100. Rows of a cluster, or of single elements, are a range of neighbours for each worker: by turns
+// they took 1.05 to 1.15 times as long.
 struct Work {
-    u64 first, last, line, sample, copy;
+    u64 first, end, step, line, sample, copy; // items: outer blocks
 
-    __device__ Work(const Params& p, u32 cluster) {
+    __device__ Work(const Params& p, u32 cluster, u32 per_block, bool turns) {
         const u64 block = blockIdx.x / cluster, tokens = p.tokens ? p.tokens : p.outer;
-        const u64 worker = quotient(block, p.sets_per_outer);
+        const u64 worker = quotient(block, p.sets_per_outer, p.by_sets);
         sample = quotient(worker, p.copies);
-        const u64 each = quotient(tokens + p.copies - 1, p.copies);
         line = block - worker * p.sets_per_outer;
         copy = worker - sample * p.copies;
-        first = sample * tokens + copy * each;
-        last = copy * each + each < tokens ? first + each : (sample + 1) * tokens;
+        const u64 start = sample * tokens, stop = start + tokens;
+        if (turns) {
+            first = start + copy * per_block, end = stop;
+            step = p.copies * per_block;
+        } else {
+            const u64 each = quotient(tokens + p.copies - 1, p.copies);
+            first = start + copy * each, end = first + each < stop ? first + each : stop;
+            step = per_block;
+        }
     }
+    // Rows of a group of the block: one in each turn. The first group has the most.
+    __device__ u32 turns(u32 group) const { return first + group < end ? u32(quotient(end - first - group + step - 1, step)) : 0; }
+    __device__ u64 item(u32 group, u32 turn) const { return first + group + turn * step; }
     // All rows of a worker lie alike in their blocks, and are of one sample.
     __device__ u64 in_block(const Params& p) const { return line * p.run; }
     __device__ u64 first_param(const Params& p) const { return line * p.set_params + (p.tokens ? sample * p.params : 0); }
@@ -190,22 +202,22 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     constexpr int N = BACKWARD_ELEMENTS<T> / V, E = N * V;
     Group<A, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
-    const Work work(p, C);
     const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift, room = held_bytes<T>(slice.each * V);
+    const Work work(p, C, per_block, C == 1 && V > 1);
     const u32 both = room + HeldGradient<T, V>::bytes(p, slice.each * V);
     char* memory = shared_memory() + Group<A, C>::BYTES;
     const auto x_of = [&](u32 stage) { return reinterpret_cast<T*>(memory + (mine * p.stages + stage) * both); };
     const auto dy_of = [&](u32 stage) { return HeldGradient<T, V>(p, memory + (mine * p.stages + stage) * both + room); };
-    // Rows of the worker are numbered from 0; this group has every `per_block`-th.
-    const u32 rows = work.last > work.first ? u32(work.last - work.first) : 0;
-    const auto place = [&](u32 row) {
-        const u64 item = work.first + row, in_block = work.in_block(p), base = item * p.width + in_block;
+    const auto place = [&](u64 item) {
+        const u64 in_block = work.in_block(p), base = item * p.width + in_block;
         return Row{base, p.has(BLOCKS) ? block_start(p, item) + in_block : base, work.first_param(p)};
     };
     Summary<A> ahead_stats = {};
-    const auto ask = [&](u32 row, u32 stage) {
-        if (row < rows) {
-            const Row at = place(row);
+    const u32 turns = work.turns(0), own_turns = work.turns(mine);
+    const auto ask = [&](u32 turn, u32 stage) {
+        if (turn < own_turns) {
+            const u64 item = work.item(mine, turn);
+            const Row at = place(item);
             if constexpr (V > 1) {
                 hold_few<N>(slice, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
                 dy_of(stage).template ask_few<N>(p, slice, at.base);
@@ -213,7 +225,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
                 hold_async(p, slice, at, static_cast<const T*>(p.x) + at.x_base, x_of(stage));
                 dy_of(stage).ask(p, slice, at);
             }
-            ahead_stats = Summary<A>(p, (work.first + row) * p.sets_per_outer + work.line);
+            ahead_stats = Summary<A>(p, item * p.sets_per_outer + work.line);
         }
         copies_batch();
     };
@@ -239,14 +251,14 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     }
     const A inverse = A(1) / A(p.count);
     u32 stage = 0;
-    ask(mine, stage);
-    for (u32 row = mine; row - mine < rows; row += per_block, stage ^= p.stages > 1) {
-        const bool active = row < rows;
-        const Row at = place(active ? row : 0);
+    ask(0, stage);
+    for (u32 turn = 0; turn < turns; ++turn, stage ^= p.stages > 1) {
+        const bool active = turn < own_turns;
+        const Row at = place(work.item(mine, active ? turn : 0));
         // Loaded a row ahead: two trips to memory, one behind the other, would be most of a row's time.
         const Summary<A> kept = ahead_stats;
         if (p.stages > 1) {
-            ask(row + per_block, stage ^ 1);
+            ask(turn + 1, stage ^ 1);
             copies_done<1>();
         } else {
             copies_done();
@@ -289,7 +301,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
                 store_global<T, V>(out + k * slice.lanes * V, values);
             });
         }
-        if (p.stages == 1) ask(row + per_block, 0);
+        if (p.stages == 1) ask(turn + 1, 0);
     }
     put_columns<T, V, N>(p, work, slice, reinterpret_cast<A*>(memory), per_block, mine, dweight, dbias);
     group.leave();

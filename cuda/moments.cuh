@@ -37,14 +37,16 @@ template <class A> __device__ inline void normalize_pair(A& mean, A& low) {
     mean = sum;
 }
 
-// Sum over groups of `width` lanes (a power of two), the same bits in every lane.
-template <class A> __device__ inline A lanes_sum(A v, u32 width) {
-    if (width == 32) {
-        // The usual one: without a loop it has half the instructions.
+// Sum over groups of WIDTH lanes (a power of two), the same bits in every lane. Without a loop it has half the
+// instructions.
+template <int WIDTH, class A> __device__ inline A lanes_sum(A v) {
 #pragma unroll
-        for (u32 o = 16; o > 0; o /= 2) v += __shfl_xor_sync(FULL, v, o);
-        return v;
-    }
+    for (u32 o = WIDTH / 2; o > 0; o /= 2) v += __shfl_xor_sync(FULL, v, o);
+    return v;
+}
+
+template <class A> __device__ inline A lanes_sum(A v, u32 width) {
+    if (width == 32) return lanes_sum<32>(v);
 #pragma unroll 1
     for (u32 o = width / 2; o > 0; o /= 2) v += __shfl_xor_sync(FULL, v, o);
     return v;
@@ -85,14 +87,22 @@ template <class A, class N> __device__ inline void correct(A low, A count, Momen
     m.m2 = m.m2 < 0 ? A(0) : m.m2;
 }
 
-// Merges the moments of groups of `width` lanes at once, around the mean of their means; `total` is all that they
-// count. Fewer steps than merging them by pairs, no division, and the result in every lane.
-template <class A, class N> __device__ inline void lanes_combine(Moments<A, N>& m, N total, u32 width) {
+// Merges the moments of some lanes at once, around the mean of their means; `total` is all that they count, `sum` adds up
+// what they have. Fewer steps than merging them by pairs, no division, and the result in every lane.
+template <class A, class N, class S> __device__ inline void combine_by(Moments<A, N>& m, N total, S sum) {
     const A count = A(m.count), share = total != 0 ? count * quick_inverse(A(total)) : A(0);
-    const A mean = lanes_sum(rounded_product(m.mean, share), width), d = (m.mean - mean) + m.low;
-    const A m2 = lanes_sum(m.m2 + count * d * d, width);
+    const A mean = sum(rounded_product(m.mean, share)), d = (m.mean - mean) + m.low;
+    const A m2 = sum(m.m2 + count * d * d);
     m = {mean, 0, m2, total};
-    correct(lanes_sum(rounded_product(share, d), width), A(total), m);
+    correct(sum(rounded_product(share, d)), A(total), m);
+}
+
+template <class A, class N> __device__ inline void lanes_combine(Moments<A, N>& m, N total, u32 width) {
+    combine_by(m, total, [&](A v) { return lanes_sum(v, width); });
+}
+
+template <int WIDTH, class A, class N> __device__ inline void lanes_combine(Moments<A, N>& m, N total) {
+    combine_by(m, total, [](A v) { return lanes_sum<WIDTH>(v); });
 }
 
 // The number of this block in its cluster of C.
@@ -220,10 +230,9 @@ template <class A, int C> struct Group {
         lanes_sums(v, width);
         if (lanes > 32) {
             const A* all = in_block(v);
-            const u32 warps = lanes / 32, i = threadIdx.x & (warps - 1);
+            const u32 i = threadIdx.x & (WARPS - 1);
 #pragma unroll
-            for (int k = 0; k < K; ++k) v[k] = all[k * WARPS + i];
-            lanes_sums(v, warps);
+            for (int k = 0; k < K; ++k) v[k] = lanes_sum<WARPS>(i < lanes / 32 ? all[k * WARPS + i] : A(0));
         }
         if constexpr (C > 1) {
             const A* box = exchange.all(v);
@@ -236,19 +245,23 @@ template <class A, int C> struct Group {
     }
 
     // Merges the moments of warps (the same in its lanes) over the group. Counts need not travel:
-    // `in_warp(i)` tells that of warp i of this block, `in_rank(r)` that of block r, of `total`.
-    template <class F, class G> __device__ void merge_all(Moments<A>& m, u32 total, F in_warp, G in_rank) {
+    // `in_warp(i)` tells that of warp i of this block, `in_rank(r)` that of block r, of `total`. Without ALL the
+    // block's first warp alone has the result.
+    template <bool ALL, class F, class G> __device__ void merge_all(Moments<A>& m, u32 total, F in_warp, G in_rank) {
         if (lanes > 32) {
             const A* all = in_block(parts(m));
-            const u32 warps = lanes / 32, i = threadIdx.x & (warps - 1);
-            m = {all[i], all[WARPS + i], all[2 * WARPS + i], in_warp(i)};
-            lanes_combine(m, in_rank(block_rank<C>()), warps);
+            if (!ALL && threadIdx.x >= 32) return;
+            // Warps that the block does not have count nothing.
+            const u32 i = threadIdx.x & (WARPS - 1);
+            m = {0, 0, 0, 0};
+            if (i < lanes / 32) m = {all[i], all[WARPS + i], all[2 * WARPS + i], in_warp(i)};
+            lanes_combine<WARPS>(m, in_rank(block_rank<C>()));
         }
         if constexpr (C > 1) {
             const A* box = exchange.all(parts(m).v);
             const u32 r = threadIdx.x % C;
             m = {box[r], box[C + r], box[2 * C + r], in_rank(r)};
-            lanes_combine(m, total, C);
+            lanes_combine<C>(m, total);
         }
     }
 

@@ -54,14 +54,14 @@ struct Shape {
     u64 outer, rows, width, run, span, sets, sets_per_outer, set_len, params, set_params, tokens;
     u64 block_dims[4], block_strides[4];
     double eps, momentum, count, weight_offset, slope;
-    Divisor by_span;
-    u32 flags, activation, unused;
+    Divisor by_span, by_sets;
+    u32 flags, activation;
 };
 
 struct Schedule {
     u64 segs, seg_len, seg_stride, chunk_len, pieces, segs_per_chunk, chunks, chunk_rows;
     u64 part_chunks, part_width, part_run, part_span, copies, param_width, param_span;
-    Divisor by_seg;
+    Divisor by_seg, by_chunks, by_pieces;
     u32 lanes, segment_lanes, combine_lanes, reduce_columns, stages;
 };
 
@@ -69,7 +69,7 @@ struct Params : Arguments, Shape, Schedule {
     __device__ bool has(u32 flag) const { return (flags & flag) != 0; }
 };
 
-static_assert(sizeof(Arguments) == 23 * 8 + 8 * 4 && sizeof(Shape) == 24 * 8 + 6 * 4 && sizeof(Schedule) == 15 * 8 + 8 * 4 &&
+static_assert(sizeof(Arguments) == 23 * 8 + 8 * 4 && sizeof(Shape) == 24 * 8 + 8 * 4 && sizeof(Schedule) == 15 * 8 + 14 * 4 &&
                   sizeof(Params) == sizeof(Arguments) + sizeof(Shape) + sizeof(Schedule),
               "Params differs from src/cuda/params.rs");
 
@@ -85,10 +85,25 @@ static_assert(sizeof(Arguments) == 23 * 8 + 8 * 4 && sizeof(Shape) == 24 * 8 + 6
 extern __shared__ uint4 dynamic_shared[];
 // All shared memory is dynamic: one base, carved by the kernel as the plan has counted it.
 __device__ inline char* shared_memory() { return reinterpret_cast<char*>(dynamic_shared); }
+// The next launch of the same op may have its blocks in place while this one works; what they do waits, here, for all
+// that this one writes. Two microseconds between two launches become one. No launch but those of an op (launch.rs) asks for it,
+// for others both are without effect. Source: PTX ISA, "griddepcontrol".
+__device__ inline void in_turn() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // Entry points differ from device functions in these words alone.
-#define NORM_ENTRY(name, threads, blocks) \
-    extern "C" __global__ void __launch_bounds__(threads, blocks) name(const __grid_constant__ Params p)
+#define NORM_ENTRY_(name, ...) \
+    static __device__ __forceinline__ void name##_body(const Params& p); \
+    extern "C" __global__ void __VA_ARGS__ name(const __grid_constant__ Params p) { \
+        in_turn(); \
+        name##_body(p); \
+    } \
+    static __device__ __forceinline__ void name##_body(const Params& p)
+#define NORM_ENTRY(name, threads, blocks) NORM_ENTRY_(name, __launch_bounds__(threads, blocks))
 #define NORM_CLUSTER_ENTRY(name, threads, blocks, size) \
-    extern "C" __global__ void __cluster_dims__(size, 1, 1) __launch_bounds__(threads, blocks) \
-        name(const __grid_constant__ Params p)
+    NORM_ENTRY_(name, __cluster_dims__(size, 1, 1) __launch_bounds__(threads, blocks))
 #endif

@@ -49,7 +49,7 @@ template <int N, int V> struct KeptWeights {
 // blocks of other rows load meanwhile.
 template <class T, int V, int C, int E> __device__ void backward_plain(const Params& p) {
     constexpr int N = E / V;
-    constexpr bool STRAIGHT = V == 1;
+    constexpr bool STRAIGHT = V == 1, TURNS = C == 1 && V > 1;
     Group<float, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
     const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
@@ -60,26 +60,27 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     const SharedAddress held_address = shared_address(held);
     const auto has = [&](int k) { return slice.lane + k * slice.lanes < slice.units; };
 
-    // Rows of the worker are numbered from 0; this group has every `per_block`-th. Where the row starts in which this
-    // thread is, from its first column on, and which set it is; others lie a number of steps ahead.
-    u64 here, set;
-    u32 row = mine, rows, stage = 0;
+    // Where the row starts in which this thread is, from its first column on, and which set it is; others lie a number of
+    // steps ahead.
+    u64 here, set, step;
+    u32 turn = 0, turns, own_turns, stage = 0;
     {
-        const Work work(p, C);
-        rows = work.last > work.first ? u32(work.last - work.first) : 0;
-        here = (work.first + mine) * p.width + work.in_block(p) + (slice.first + slice.lane) * V;
-        set = (work.first + mine) * p.sets_per_outer + work.line;
+        const Work work(p, C, per_block, TURNS);
+        const u64 item = work.item(mine, 0);
+        step = work.step, turns = work.turns(0), own_turns = work.turns(mine);
+        here = item * p.width + work.in_block(p) + (slice.first + slice.lane) * V;
+        set = item * p.sets_per_outer + work.line;
     }
     const auto x_of = [&](u32 steps) {
-        const T* x = static_cast<const T*>(p.x) + here + u64(steps * per_block) * p.width;
+        const T* x = static_cast<const T*>(p.x) + here + steps * step * p.width;
         if (!p.has(BLOCKS)) return x;
-        const u64 item = quotient(set, p.sets_per_outer) + steps * per_block;
+        const u64 item = quotient(set, p.sets_per_outer) + steps * step;
         return x + block_start(p, item) - item * p.width;
     };
-    const auto dy_of = [&](u32 steps) { return static_cast<const T*>(p.dy) + here + u64(steps * per_block) * p.width; };
+    const auto dy_of = [&](u32 steps) { return static_cast<const T*>(p.dy) + here + steps * step * p.width; };
     const auto ask = [&](u32 steps, u32 stage) {
         if constexpr (STRAIGHT) return;
-        if (row + steps * per_block < rows) {
+        if (turn + steps < own_turns) {
             const T *x = x_of(steps), *dy = dy_of(steps);
             const SharedAddress to = held_address + stage * stage_bytes;
 #pragma unroll
@@ -94,20 +95,20 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     // Statistics come a row ahead: two trips to memory, one behind the other, would be most of a row's time.
     Summary<float> ahead = {};
     const auto ask_stats = [&](u32 steps) {
-        if (row + steps * per_block < rows) ahead = Summary<float>(p, set + steps * per_block * p.sets_per_outer);
+        if (turn + steps < own_turns) ahead = Summary<float>(p, set + steps * step * p.sets_per_outer);
     };
     ask(0, 0);
     if (p.stages > 1) ask(1, 1);
     ask_stats(0);
-    const Affine<float, T> affine(p, Work(p, C).first_param(p));
+    const Affine<float, T> affine(p, Work(p, C, per_block, TURNS).first_param(p));
     float* const weight_memory = reinterpret_cast<float*>(memory + per_block * p.stages * stage_bytes) + mine * p.lanes * E;
     const KeptWeights<N, V> weights(weight_memory, slice.lane, slice.lanes, [&](int k, float(&w)[V]) {
         if (has(k)) affine.weight((slice.first + slice.lane) * V + k * pack_step, w);
     });
     const float eps = float(p.eps), inverse = 1.0f / float(p.count);
     float dweight[E] = {}, dbias[E] = {};
-    for (; row - mine < rows; row += per_block) {
-        const bool active = row < rows;
+    for (; turn < turns; ++turn) {
+        const bool active = turn < own_turns;
         const Stats<float> stats = {ahead.mean, ahead.low, inverse_sqrt(ahead.var + eps)};
         ask_stats(1);
         if (p.stages > 1) {
@@ -166,8 +167,8 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
         }
         ask(p.stages, stage);
         stage ^= p.stages > 1;
-        here += per_block * p.width, set += per_block * p.sets_per_outer;
+        here += step * p.width, set += step * p.sets_per_outer;
     }
-    put_columns<T, V, N>(p, Work(p, C), slice, reinterpret_cast<float*>(memory), per_block, mine, dweight, dbias);
+    put_columns<T, V, N>(p, Work(p, C, per_block, TURNS), slice, reinterpret_cast<float*>(memory), per_block, mine, dweight, dbias);
     group.leave();
 }

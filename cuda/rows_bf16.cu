@@ -6,8 +6,9 @@
 #include "entries.cuh"
 
 NORM_ALL(forward_held, 512, 2, 1)
-NORM_BOTH(forward_kept, 256, 3, 1)
-NORM_ONE(forward_several, , NORM_VECTOR, 256, 3)
+NORM_ONE(forward_kept, , NORM_VECTOR, 512, 2, 1)
+NORM_ONE(forward_kept, _scalar, 1, 256, 3, 1)
+NORM_ONE(forward_several, , NORM_VECTOR, 256, 5)
 NORM_ONE(forward_kept, _half, 4, 256, 3, 1)
 NORM_ONE(forward_several, _half, 4, 256, 3)
 NORM_ALL(backward_rows, 512, 1, 1)

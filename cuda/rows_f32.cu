@@ -5,8 +5,9 @@
 #include "entries.cuh"
 
 NORM_BOTH(forward_held, 512, 2, 1)
-NORM_BOTH(forward_kept, 256, 3, 1)
-NORM_ONE(forward_several, , NORM_VECTOR, 256, 4)
+NORM_ONE(forward_kept, , NORM_VECTOR, 512, 2, 1)
+NORM_ONE(forward_kept, _scalar, 1, 256, 3, 1)
+NORM_ONE(forward_several, , NORM_VECTOR, 256, 5)
 NORM_BOTH(backward_rows, 512, 1, 1)
 NORM_BOTH(backward_sets, 512, 2, 1)
 NORM_ONE(backward_plain, _scalar, 1, 512, 1, 1, 16)

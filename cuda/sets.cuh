@@ -28,6 +28,9 @@ __device__ NORM_CALL inline u64 divide_call(u64 n, u64 by) { return (n | by) <= 
 
 __device__ inline u64 quotient(u64 n, u64 by) { return by == 1 ? n : divide_call(n, by); }
 
+// The same by a number that the plan knows: without a call where that of a block or a set is below 2^31.
+__device__ inline u64 quotient(u64 n, u64 by, const Divisor& quick) { return n >> 31 ? divide_call(n, by) : quick(u32(n)); }
+
 // Where block `o` of an x in blocks apart starts.
 __device__ NORM_CALL inline u64 block_start(const Params& p, u64 o) {
     u64 start = 0;
@@ -40,7 +43,7 @@ __device__ NORM_CALL inline u64 block_start(const Params& p, u64 o) {
 }
 
 __device__ inline Place place_set(const Params& p, u64 set) {
-    const u64 o = p.outer > 1 ? quotient(set, p.sets_per_outer) : 0, q = set - o * p.sets_per_outer;
+    const u64 o = p.outer > 1 ? quotient(set, p.sets_per_outer, p.by_sets) : 0, q = set - o * p.sets_per_outer;
     const u64 base = o * p.rows * p.width + q * p.run;
     const u64 sample = p.tokens ? quotient(o, p.tokens) * p.params : 0;
     return {set, o, base, p.has(BLOCKS) ? block_start(p, o) + q * p.run : base, q * p.set_params + sample};

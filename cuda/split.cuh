@@ -13,9 +13,9 @@ struct Chunk {
     u64 index, seg, first;
     u32 len, seg_len, start;
 
-    __device__ Chunk(const Params& p, u64 block) : set(quotient(block, p.chunks)), index(block - set * p.chunks) {
+    __device__ Chunk(const Params& p, u64 block) : set(quotient(block, p.chunks, p.by_chunks)), index(block - set * p.chunks) {
         if (p.pieces > 1) {
-            seg = quotient(index, p.pieces);
+            seg = quotient(index, p.pieces, p.by_pieces);
             first = (index - seg * p.pieces) * p.chunk_len;
             len = u32(p.seg_len - first < p.chunk_len ? p.seg_len - first : p.chunk_len);
             seg_len = len;
@@ -85,7 +85,7 @@ template <class T, int V> __device__ void split_moments(const Params& p) {
     if constexpr (KEEPS_CHUNKS<T, V>) {
         if (!p.residual) {
             KeptChunk<T, V> kept(p, slice, chunk, x);
-            return put_part_moments<T, V>(p, group_moments(p, group, slice, kept));
+            return put_part_moments<T, V>(p, group_moments<false>(p, group, slice, kept));
         }
     }
     InMemory<T, V, 1> held{slice, chunk_memory<T>()};
@@ -93,7 +93,7 @@ template <class T, int V> __device__ void split_moments(const Params& p) {
     copies_batch();
     copies_done();
     if (p.residual) add_residual(p, slice, chunk, chunk_memory<T>());
-    put_part_moments<T, V>(p, group_moments(p, group, slice, held));
+    put_part_moments<T, V>(p, group_moments<false>(p, group, slice, held));
 }
 
 template <class T, int V> __device__ void split_forward(const Params& p) {

@@ -12,8 +12,8 @@
 #   channels   the same: group, instance and batch norm
 #   bench      cargo bench --bench norms: beside candle-nn alone
 #   blocks     cargo bench --bench blocks: blocks of models and whole models
-#   ncu        Nsight Compute on eight kernels, where it is installed
-#   variants   kernels in variants/*/ against the compiled ones (variants.py)
+#   ncu        what Nsight Compute counts in the kernels of some rows (ncu.py), where it is installed
+#   variants   kernels in variants/*/ and workers/* against the compiled ones (variants.py)
 #   sanitizer  compute-sanitizer over a short suite: memcheck, racecheck, initcheck, where installed
 #
 # Each step has a time limit of its own, below nine minutes, so that it fits a call of ten, and leaves
@@ -120,29 +120,9 @@ measure() {
     python3 "$here/measure.py" --worker "$here/bin/worker" --out "$out" "$@"
 }
 
-# Of each row four launches of our kernels, after the first four; a backward's are told from the forwards
-# that it needs by their names.
-KERNELS=(
-    'LayerNorm 8192x4096 - bf16 - backward' 'LayerNorm 2048x65536 - bf16 - backward'
-    'LayerNorm 4096x768 - f32 - forward' 'LayerNorm 4096x1023 - bf16 - forward'
-    'LayerNorm 1x4096 - bf16 - forward' 'GroupNorm 16x512x64x64 32 bf16 last forward'
-    'GroupNorm 16x512x64x64 32 bf16 last backward' 'BatchNorm 256x64x112x112 - bf16 - forward'
-)
 ncu_kernels() {
     command -v ncu >/dev/null || { echo "not measured: no ncu here" && return 0; }
-    local i=0 norm shape groups dtype layout figure kernels status=0
-    for row in "${KERNELS[@]}"; do
-        read -r norm shape groups dtype layout figure <<<"$row"
-        i=$((i + 1)) kernels='^norm_'
-        [ "$figure" = forward ] || kernels='^norm_.*(backward|sums|params)'
-        printf 'open\t{"norm":"%s","shape":[%s],"groups":%s,"dtype":"%s","layout":"%s"}\t\ntime\tcandle-norm\t%s\t8\n' \
-            "$norm" "${shape//x/,}" "${groups/-/0}" "$dtype" "$layout" "$figure" |
-            timeout 60 ncu --clock-control none --csv --page raw --set full --kernel-name "regex:$kernels" --launch-skip 4 \
-                --launch-count 4 "$here/bin/worker" >"$out/ncu-$i.csv" 2>"$out/ncu-$i.log" || status=1
-        echo "ncu-$i.csv: $row: $(wc -l <"$out/ncu-$i.csv") lines"
-    done
-    gzip -f "$out"/ncu-*.csv
-    return $status
+    python3 "$here/ncu.py" --worker "$here/bin/worker" --out "$out" "$@"
 }
 
 # Parts of the suite that reach most kernels in little time.
@@ -167,7 +147,7 @@ run_step() {
         bench) CANDLE_NORM_BENCH_OUT=$out "$here/bin/norms" --bench --once "${arguments[@]}" ;;
         blocks) CANDLE_NORM_BENCH_OUT=$out "$here/bin/blocks" --bench "${arguments[@]}" &&
             CANDLE_NORM_BENCH_OUT=$out "$here/bin/blocks" --bench --models "${arguments[@]}" ;;
-        ncu) ncu_kernels ;;
+        ncu) ncu_kernels "${arguments[@]}" ;;
         variants) python3 "$here/variants.py" --worker "$here/bin/worker" --out "$out" "${arguments[@]}" ;;
         sanitizer) sanitizer ;;
     esac

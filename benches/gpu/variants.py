@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Times variants of kernels against those that were compiled in, in turns, in one run.
 
-A variant is a folder of variants/ with modules (rows_bf16.cubin, .fatbin or .ptx): the worker loads them
-instead of its own (CANDLE_NORM_PTX_DIR). Needs neither Rust nor PyTorch. Both sides start from the same
+A variant is a folder of variants/ with modules (rows_bf16.cubin, .fatbin or .ptx), which the worker loads
+instead of its own (CANDLE_NORM_PTX_DIR) under the launch plan as it is, or a program of workers/: a worker
+with another plan. Needs neither Rust nor PyTorch. Both sides start from the same
 seed, so that their results can be compared bit for bit; where they differ, the largest difference is
-told and the times count all the same. Takes the launch plan as it is: a variant keeps its entry points.
+told and the times count all the same.
 
     variants.py LayerNorm bf16 --figures forward     # rows whose names have these words
 """
@@ -86,25 +87,36 @@ def main():
     parser.add_argument("only", nargs="*", help="words that a row's name must have")
     parser.add_argument("--worker", default=HERE / "bin" / "worker")
     parser.add_argument("--variants", type=pathlib.Path, default=HERE / "variants")
+    parser.add_argument("--workers", type=pathlib.Path, default=HERE / "workers")
+    parser.add_argument("--without", nargs="+", default=[], help="variants to leave out")
+    parser.add_argument("--norms", nargs="+", help="norms to measure (default: all)")
+    parser.add_argument("--no-compare", action="store_true", help="leave out the results, which takes most of the time")
     parser.add_argument("--figures", nargs="+", choices=measure.FIGURES, default=["forward", "backward"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--block-ms", type=float, default=10.0)
     parser.add_argument("--out", type=pathlib.Path, default=HERE / "results")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_args()
-    folders = sorted(f for f in options.variants.glob("*") if f.is_dir())
+    folders = sorted(f for f in options.variants.glob("*") if f.is_dir() and f.name not in options.without)
+    programs = sorted(f for f in options.workers.glob("*") if f.name not in options.without)
     rows = [r for r in measure.read_rows() if all(word in measure.name_of(r) for word in options.only)]
-    print(f"{len(rows)} rows, variants: {', '.join(f.name for f in folders) or 'none'}")
-    if options.dry_run or not folders:
+    rows = [r for r in rows if not options.norms or r["norm"] in options.norms]
+    print(f"{len(rows)} rows, variants: {', '.join(f.name for f in folders + programs) or 'none'}")
+    if options.dry_run or not folders + programs:
         return
     options.out.mkdir(parents=True, exist_ok=True)
     workers = {"compiled": measure.Candle(options.worker)}
     workers |= {f.name: measure.Candle(options.worker, {"CANDLE_NORM_PTX_DIR": str(f)}) for f in folders}
+    workers |= {f.name: measure.Candle(f) for f in programs}
     lines = []
     for row in rows:
         print(measure.name_of(row))
         with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
-            compare(row, workers, folder)
+            if options.no_compare:
+                for worker in workers.values():
+                    worker.open(row)
+            else:
+                compare(row, workers, folder)
         for figure in options.figures:
             for line in times(workers, figure, options.rounds, options.block_ms):
                 lines.append({"row": measure.name_of(row)} | line)

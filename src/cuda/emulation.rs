@@ -246,7 +246,7 @@ fn find(name: &str) -> Result<&'static Registered> {
 impl Emulated {
     /// What a GPU refuses: a launch beyond the kernel's bounds or the device's.
     fn check(&self, launch: &Launch, kernel: &Registered) -> Result<()> {
-        let Launch { entry, grid, block, shared, cluster } = *launch;
+        let Launch { entry, grid, block, shared, cluster, .. } = *launch;
         let name = entry.name();
         let have = self.properties;
         if block == 0 || block % 32 != 0 || block > kernel.threads {

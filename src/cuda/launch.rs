@@ -320,21 +320,39 @@ impl Machine for CudaMachine {
         let function = self.loaded.function(launch.entry)?;
         let mut arguments = [std::ptr::from_ref(params).cast::<c_void>().cast_mut()];
         self.loaded.context.bind_to_thread().context("cuda: cannot use the device from this thread")?;
+        // The blocks of a launch may be in place before the launch that the plan has before it has ended: every kernel
+        // waits for that itself (`in_turn` of params.cuh), where it was compiled for 9.0 or later.
+        let mut early = sys::CUlaunchAttribute {
+            id: sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
+            pad: [0; 4],
+            value: sys::CUlaunchAttributeValue { programmaticStreamSerializationAllowed: 1 },
+        };
+        let config = sys::CUlaunchConfig {
+            gridDimX: launch.grid,
+            gridDimY: 1,
+            gridDimZ: 1,
+            blockDimX: launch.block,
+            blockDimY: 1,
+            blockDimZ: 1,
+            sharedMemBytes: launch.shared,
+            hStream: self.stream.cu_stream(),
+            attrs: &mut early,
+            numAttrs: u32::from(launch.follows && self.loaded.properties.capability >= 90),
+        };
         // SAFETY: every entry takes one argument, a `Params` by value, whose layout `params.rs` and
-        // `params.cuh` state alike; the driver copies it before it returns and writes nothing to it.
+        // `params.cuh` state alike; the driver copies it, and `config`, before it returns and writes to neither.
         // `function` is of a module that is never unloaded, in the context bound above, to which the
         // stream belongs. Its addresses are of memory of this stream's tensors (see the top of the
         // file), and the plan that made the launch bounds every access by the geometry they were
         // checked against.
         let launched = unsafe {
-            result::launch_kernel(
+            sys::cuLaunchKernelEx(
+                &config,
                 function.cu_function(),
-                (launch.grid, 1, 1),
-                (launch.block, 1, 1),
-                launch.shared,
-                self.stream.cu_stream(),
-                &mut arguments,
+                arguments.as_mut_ptr(),
+                std::ptr::null_mut(),
             )
+            .result()
         };
         launched.with_context(|| {
             let Launch { entry, grid, block, shared, .. } = launch;

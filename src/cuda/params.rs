@@ -134,10 +134,11 @@ pub(crate) struct Shape {
     /// Of a leaky ReLU below zero.
     pub slope: f64,
     pub by_span: Divisor,
+    /// By `sets_per_outer`.
+    pub by_sets: Divisor,
     pub flags: u32,
     /// `enum Activation` of params.cuh.
     pub activation: u32,
-    pub unused: u32,
 }
 
 /// How the plan shares the work out.
@@ -166,6 +167,8 @@ pub(crate) struct Schedule {
     pub param_width: u64,
     pub param_span: u64,
     pub by_seg: Divisor,
+    pub by_chunks: Divisor,
+    pub by_pieces: Divisor,
     /// Threads of a block that share a set, or lanes along the columns.
     pub lanes: u32,
     /// Threads that share a segment.
@@ -187,7 +190,7 @@ pub(crate) struct Params {
 }
 
 const _: () = assert!(size_of::<Arguments>() == 23 * 8 + 8 * 4);
-const _: () = assert!(size_of::<Shape>() == 24 * 8 + 6 * 4);
-const _: () = assert!(size_of::<Schedule>() == 15 * 8 + 8 * 4);
+const _: () = assert!(size_of::<Shape>() == 24 * 8 + 8 * 4);
+const _: () = assert!(size_of::<Schedule>() == 15 * 8 + 14 * 4);
 const _: () =
     assert!(size_of::<Params>() == size_of::<Arguments>() + size_of::<Shape>() + size_of::<Schedule>());

@@ -25,9 +25,10 @@ const COMBINE_BLOCK: usize = 256;
 
 /// Threads of a kernel's block at most, and blocks of its cluster: what its entry points are bound to.
 #[cfg(all(test, feature = "cuda-emulation"))]
-pub(super) fn bounds(kernel: Kernel) -> (usize, usize) {
+pub(super) fn bounds(entry: Entry) -> (usize, usize) {
     use Kernel::*;
-    match kernel {
+    match entry.kernel() {
+        ForwardKept if entry.access() == Access::Vector => (held::KEPT_BLOCK_VECTOR, 1),
         ForwardHeld | BackwardRows | BackwardSets | GatedForward | GatedBackward => (held::MAX_BLOCK, 1),
         BackwardPlain | BackwardPlainWide => (held::MAX_BLOCK, 1),
         ForwardKept | ForwardSeveral => (held::KEPT_BLOCK, 1),
@@ -66,6 +67,8 @@ pub(crate) struct Launch {
     pub shared: u32,
     /// Blocks of a cluster, 1 for none. Compiled into the kernel.
     pub cluster: u32,
+    /// Whether the plan has a launch before it.
+    pub follows: bool,
 }
 
 /// What the plan is for.
@@ -389,6 +392,7 @@ impl<'a> Builder<'a> {
             weight_offset: r.fusion.weight_offset,
             slope,
             by_span: Divisor::new(span),
+            by_sets: Divisor::new(g.sets_per_outer()),
             flags: bits,
             activation,
             ..Shape::default()
@@ -419,7 +423,9 @@ impl<'a> Builder<'a> {
     }
 
     fn done(self) -> Plan {
-        let Self { launches, shape, schedule, scratch, reserved: workspace, traffic, .. } = self;
+        let Self { launches, shape, mut schedule, scratch, reserved: workspace, traffic, .. } = self;
+        schedule.by_chunks = Divisor::new(schedule.chunks as usize);
+        schedule.by_pieces = Divisor::new(schedule.pieces as usize);
         Plan { launches, shape, schedule, workspace, traffic, scratch }
     }
 
@@ -508,7 +514,8 @@ impl<'a> Builder<'a> {
         }
         let entry = self.entry(kernel, access)?;
         let (grid, block, shared, cluster) = (grid as u32, block as u32, shared as u32, cluster as u32);
-        self.launches.push(Launch { entry, grid, block, shared, cluster });
+        let follows = !self.launches.is_empty();
+        self.launches.push(Launch { entry, grid, block, shared, cluster, follows });
         Ok(())
     }
 

@@ -71,12 +71,12 @@ fn of_rust() -> Facts {
     }
     fields! { facts, Shape:
         outer rows width run span sets sets_per_outer set_len params set_params tokens block_dims block_strides
-        eps momentum count weight_offset slope by_span flags activation unused
+        eps momentum count weight_offset slope by_span by_sets flags activation
     }
     fields! { facts, Schedule:
         segs seg_len seg_stride chunk_len pieces segs_per_chunk chunks chunk_rows
         part_chunks part_width part_run part_span copies param_width param_span
-        by_seg lanes segment_lanes combine_lanes reduce_columns stages
+        by_seg by_chunks by_pieces lanes segment_lanes combine_lanes reduce_columns stages
     }
     fields! { facts, Divisor: divisor magic shift }
     constants! { facts:
@@ -113,6 +113,9 @@ fn of_rust() -> Facts {
     facts.insert("blocks of a cluster".into(), (held::CLUSTER as u64, 0));
     facts.insert("bytes that a thread keeps".into(), (held::KEPT_BYTES as u64, 0));
     facts.insert("bytes of single elements that a thread keeps".into(), (held::KEPT_SINGLE_BYTES as u64, 0));
+    facts.insert("bytes in packs of 16 that a thread keeps".into(), (held::KEPT_BYTES_VECTOR as u64, 0));
+    facts
+        .insert("bytes in packs of 16 that a thread of a cluster keeps".into(), (held::KEPT_BYTES as u64, 0));
     facts.insert("bytes of a chunk".into(), (split::FORWARD_BYTES as u64, 0));
     facts.extend(activations.map(|(name, of)| (name.into(), (activation_code(of).0.into(), 0))));
     facts
@@ -196,7 +199,7 @@ fn every_entry_registers() -> candle_core::Result<()> {
         // SAFETY: a literal of the table of kernels.
         let name = unsafe { CStr::from_ptr(kernel.name) };
         assert_eq!(name.to_str(), Ok(entry.name()));
-        let (threads, cluster) = bounds(entry.kernel());
+        let (threads, cluster) = bounds(entry);
         assert_eq!((kernel.threads as usize, kernel.cluster as usize), (threads, cluster), "{name:?}");
         assert!(kernel.blocks >= 1 && !kernel.function.is_null(), "{kernel:?}");
     }
@@ -210,12 +213,30 @@ fn launches_that_do_not_fit_fail() -> candle_core::Result<()> {
     let entry = |name: &str| Entry::all().find(|entry| entry.name() == name).expect("an entry");
     let fits =
         |capability, launch: Launch| Emulated::new(capability)?.check(&launch, find(launch.entry.name())?);
-    let plain =
-        Launch { entry: entry("norm_combine_moments_f32"), grid: 2, block: 128, shared: 0, cluster: 1 };
-    let cluster =
-        Launch { entry: entry("norm_forward_cluster_f32"), grid: 16, block: 256, shared: 768, cluster: 8 };
-    let held =
-        Launch { entry: entry("norm_forward_held_f32"), grid: 1, block: 256, shared: 90 << 10, cluster: 1 };
+    let plain = Launch {
+        entry: entry("norm_combine_moments_f32"),
+        grid: 2,
+        block: 128,
+        shared: 0,
+        cluster: 1,
+        follows: false,
+    };
+    let cluster = Launch {
+        entry: entry("norm_forward_cluster_f32"),
+        grid: 16,
+        block: 256,
+        shared: 768,
+        cluster: 8,
+        follows: false,
+    };
+    let held = Launch {
+        entry: entry("norm_forward_held_f32"),
+        grid: 1,
+        block: 256,
+        shared: 90 << 10,
+        cluster: 1,
+        follows: false,
+    };
     for (capability, launch) in [(70, plain), (90, cluster), (70, held)] {
         fits(capability, launch)?;
     }

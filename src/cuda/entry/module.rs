@@ -79,6 +79,11 @@ impl Entry {
         TABLE[self.index()].kernel
     }
 
+    #[cfg(all(test, feature = "cuda-emulation"))]
+    pub fn access(self) -> super::Access {
+        TABLE[self.index()].access
+    }
+
     #[cfg(feature = "cuda-emulation")]
     pub fn element(self) -> super::Element {
         TABLE[self.index()].element

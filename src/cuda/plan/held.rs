@@ -13,6 +13,8 @@ use candle_core::{bail, Result};
 /// Bytes of a set for each of its threads: eight accesses of 16. What a thread does once for a set, some five hundred
 /// instructions, is then as many as eight of them cost (`cuda/roofline.txt`).
 const THREAD_BYTES: usize = 128;
+/// The same of a forward with accesses of 16 bytes, in a block alone.
+const THREAD_BYTES_VECTOR: usize = 64;
 /// Threads of the widest blocks, as the launch bounds say.
 pub(crate) const MAX_BLOCK: usize = 512;
 /// The same for blocks of a cluster, `backward_rows` excepted.
@@ -27,10 +29,13 @@ const ALONE_BYTES: usize = 96 << 10;
 pub(crate) const CLUSTER: usize = 8;
 /// Bytes of a thread that `forward_kept` and `forward_several` have registers for (`KEPT_BYTES`).
 pub(crate) const KEPT_BYTES: usize = 128;
+/// The same of accesses of 16 bytes, but for clusters.
+pub(crate) const KEPT_BYTES_VECTOR: usize = 64;
 /// The same of single elements of two bytes, which take a register each.
 pub(crate) const KEPT_SINGLE_BYTES: usize = 32;
-/// Threads of its widest blocks.
+/// Threads of its widest blocks, which take sets of 32 KB.
 pub(crate) const KEPT_BLOCK: usize = 256;
+pub(crate) const KEPT_BLOCK_VECTOR: usize = 512;
 
 /// Elements of x, and of dy, that a thread of `backward_rows` has (`BACKWARD_ELEMENTS`).
 pub(crate) fn backward_elements(element: Element) -> usize {
@@ -128,10 +133,11 @@ impl Builder<'_> {
     }
 
     /// The smallest place for a set: where there are clusters, in a block alone up to `alone` bytes. `bytes` tells what
-    /// a slice takes of shared memory, which some lanes have; `least`: of them.
+    /// a slice takes of shared memory, which some lanes have; `least`: of them. `each`: bytes of a thread of a block alone.
     fn place(
         &self,
         access: Access,
+        each: usize,
         least: usize,
         alone: usize,
         bytes: impl Fn(usize, usize) -> usize,
@@ -146,7 +152,10 @@ impl Builder<'_> {
             let slice = (self.g.set_len() / unit).div_ceil(cluster) * unit;
             let max = if cluster == 1 { MAX_BLOCK } else { CLUSTER_BLOCK };
             // The blocks of a cluster exchange the values of one set.
-            let lanes = self.lanes_for(slice).clamp(if cluster == 1 { least } else { 64 }, max);
+            let lanes = match cluster {
+                1 => self.lanes_for(slice, each).clamp(least, max),
+                _ => self.lanes_for(slice, THREAD_BYTES).clamp(64, max),
+            };
             let block = if lanes <= 32 { SEVERAL_BLOCK } else { lanes };
             // Divisors and numbers within a set are of 31 bits, far beyond this.
             let one = bytes(slice, lanes);
@@ -166,12 +175,13 @@ impl Builder<'_> {
         Held { block: FEW_SETS_BLOCK, shared: self.slots() + (held.shared - self.slots()) / parts, ..held }
     }
 
-    fn lanes_for(&self, slice: usize) -> usize {
+    /// Threads for a slice, of `each` bytes.
+    fn lanes_for(&self, slice: usize, each: usize) -> usize {
         // Where the length leaves accesses of two bytes, a thread has a quarter of them: of an H100's time for 4096
         // rows of 1023 bf16 three quarters, where rows of f32 would take 1.1 times theirs.
         let span = if self.weights_per == WeightsPer::Span { self.shape.span as usize } else { 4 };
         let odd = !(self.g.run.is_multiple_of(4) && span.is_multiple_of(4)) && self.r.element.bytes() == 2;
-        let each = if odd { THREAD_BYTES / 4 } else { THREAD_BYTES };
+        let each = if odd { each / 4 } else { each };
         (slice * self.r.element.bytes()).div_ceil(each).next_power_of_two()
     }
 
@@ -189,8 +199,12 @@ impl Builder<'_> {
         let unit = self.unit(access);
         // Single elements, for which there is no kernel of clusters and none of several sets.
         let single = access == Access::Scalar;
-        let bytes = if single && self.r.element.bytes() == 2 { KEPT_SINGLE_BYTES } else { KEPT_BYTES };
-        held.block <= KEPT_BLOCK
+        let (bytes, block) = match access {
+            Access::Scalar if self.r.element.bytes() == 2 => (KEPT_SINGLE_BYTES, KEPT_BLOCK),
+            Access::Vector if held.cluster == 1 => (KEPT_BYTES_VECTOR, KEPT_BLOCK_VECTOR),
+            _ => (KEPT_BYTES, KEPT_BLOCK),
+        };
+        held.block <= block
             && (held.slice / unit).div_ceil(held.lanes) * unit * self.r.element.bytes() <= bytes
             && (!single || (held.cluster == 1 && held.sets_per_block() == 1))
     }
@@ -226,7 +240,11 @@ pub(super) fn forward(b: &mut Builder, needs: &ForwardNeeds) -> Result<bool> {
     b.set_segments(b.runs());
     let may_keep = b.may_keep();
     let alone = if may_keep && access != Access::Scalar { KEPT_BLOCK * KEPT_BYTES } else { ALONE_BYTES };
-    let held = b.place(access, 2, alone, |slice, lanes| match lanes <= 32 {
+    let each = match access {
+        Access::Vector if b.r.element != Element::F64 => THREAD_BYTES_VECTOR,
+        _ => THREAD_BYTES,
+    };
+    let held = b.place(access, each, 2, alone, |slice, lanes| match lanes <= 32 {
         true => apart(b.r.element, slice),
         false => b.held_bytes(slice),
     });
@@ -256,7 +274,7 @@ pub(super) fn backward(b: &mut Builder, needs: &BackwardNeeds) -> Result<()> {
         }
     }
     let least = if b.weights_per == WeightsPer::Set { 8 } else { 64 };
-    let held = b.place(access, least, ALONE_BYTES, |slice, _| {
+    let held = b.place(access, THREAD_BYTES, least, ALONE_BYTES, |slice, _| {
         b.held_both(slice) + by_segment as usize * segments(b, slice, access).bytes
     });
     let Some(held) = held else {
@@ -429,7 +447,7 @@ fn segments(b: &Builder, slice: usize, access: Access) -> Segments {
     let (unit, span) = (b.unit(access), b.shape.span as usize);
     let lanes = (span / unit).next_power_of_two().min(32);
     // As `place` chooses them, whichever cluster it chooses.
-    let groups = b.lanes_for(slice).clamp(64, CLUSTER_BLOCK) / lanes;
+    let groups = b.lanes_for(slice, THREAD_BYTES).clamp(64, CLUSTER_BLOCK) / lanes;
     // A slice may start and end within a segment.
     let count = (slice.div_ceil(span) + 1).min(b.shape.set_params as usize);
     let wanted = groups.div_ceil(count).min(span.div_ceil(lanes * unit));

@@ -118,10 +118,10 @@ fn forward_climbs_the_ladder() {
         // Bytes of a set: 32 (of which a block has 128, kept apart; or 32, where sets are few), 2 Ki, 4 Ki, 32 Ki.
         (SM70, rows(100_000, 16), true, one(ForwardSeveral, 256, 128 * 160, 1)),
         (SM70, rows(1000, 16), true, one(ForwardSeveral, 64, 32 * 160, 1)),
-        (SM70, rows(10_000, 1024), true, one(ForwardSeveral, 256, 16 * 2080, 1)),
-        (SM70, rows(1000, 2048), true, one(ForwardSeveral, 256, 8 * 4128, 1)),
-        (SM80, rows(1000, 16384), true, kept(256, 1)),
-        (SM90, rows(1000, 16384), true, kept(256, 1)),
+        (SM70, rows(10_000, 1024), true, one(ForwardSeveral, 256, 8 * 2080, 1)),
+        (SM70, rows(1000, 2048), true, kept(64, 1)),
+        (SM80, rows(1000, 16384), true, kept(512, 1)),
+        (SM90, rows(1000, 16384), true, kept(512, 1)),
         // 64 Ki, 256 Ki, 512 Ki, 4 Mi.
         (SM70, rows(1000, 32768), true, one(ForwardHeld, 512, 64 << 10, 1)),
         (SM90, rows(1000, 32768), true, kept(64, 8)),
@@ -133,7 +133,7 @@ fn forward_climbs_the_ladder() {
         // Group, instance and batch norm alike: VAE's groups, 200 KB channels.
         (SM90, group(1, 32, 4, 1 << 20), true, split()),
         (SM90, group(16, 32, 16, 4096), true, kept(128, 8)),
-        (SM90, group(16, 512, 1, 4096), true, kept(64, 1)),
+        (SM90, group(16, 512, 1, 4096), true, kept(128, 1)),
         (SM90, batch(32, 256, 3136), true, kept(256, 8)),
         // 14x14 images have accesses of 8 bytes.
         (SM90, batch(256, 64, 196), true, kept(128, 8)),
