@@ -49,7 +49,8 @@ def svg(lines, about):
             )
             axis.append(text(x(tick), bottom + 16, f"{tick:g}x", "middle"))
     legend, at = [], 20
-    for name, color in MARKS.items():
+    measured = {name: color for name, color in MARKS.items() if any(line.get(f"{name} ratio") for line in lines)}
+    for name, color in measured.items():
         legend.append(f'<circle cx="{at + 6}" cy="72" r="5" fill="{color}"/>')
         legend.append(text(at + 16, 76, name, "start"))
         at += 40 + 7 * len(name)
