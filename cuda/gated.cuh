@@ -113,7 +113,7 @@ template <class T, int V> __device__ void gated_backward(const Params& p) {
     Group<A, 1> group(p.lanes, shared_memory());
     const Columns<T, V> columns(p, group.lane);
     const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
-    const Work work(p, 1, per_block, V > 1);
+    const Work<V, 1> work(p, per_block);
     const Affine<A, T> affine(p, 0);
     A weights[N][V] = {}, dweight[N * V] = {}, none[N * V] = {};
     // Kept for all rows; with an element an access there is no register for them.

@@ -136,20 +136,21 @@ template <class T, int V, class A> __device__ inline void put_param_gradients(co
 }
 
 // The rows of a block of backward_rows: one set of each outer block, all of one sample; those of its groups are neighbours.
-// Workers take turns where TURNS is, so that what all of them read and write at one time lies together: 8192 rows of 4096 bf16
+// Workers take turns where TURNS, so that what all of them read and write at one time lies together: 8192 rows of 4096 bf16
 // 1.03 times as fast on an H100. Rows of a cluster, or of single elements, are a range of neighbours for each worker: by turns
 // they took 1.05 to 1.15 times as long.
-struct Work {
+template <int V, int C> struct Work {
+    static constexpr bool TURNS = C == 1 && V > 1;
     u64 first, end, step, line, sample, copy; // items: outer blocks
 
-    __device__ Work(const Params& p, u32 cluster, u32 per_block, bool turns) {
-        const u64 block = blockIdx.x / cluster, tokens = p.tokens ? p.tokens : p.outer;
+    __device__ Work(const Params& p, u32 per_block) {
+        const u64 block = blockIdx.x / C, tokens = p.tokens ? p.tokens : p.outer;
         const u64 worker = quotient(block, p.sets_per_outer, p.by_sets);
         sample = quotient(worker, p.copies);
         line = block - worker * p.sets_per_outer;
         copy = worker - sample * p.copies;
         const u64 start = sample * tokens, stop = start + tokens;
-        if (turns) {
+        if (TURNS) {
             first = start + copy * per_block, end = stop;
             step = p.copies * per_block;
         } else {
@@ -168,7 +169,7 @@ struct Work {
 
 // The gradients of a thread's columns, or a worker's parts of them, once all rows are seen. `memory` held the rows.
 template <class T, int V, int N, int C, class A>
-__device__ inline void put_columns(const Params& p, const Work& work, const Slice<V, C>& slice, A* memory, u32 per_block, u32 mine,
+__device__ inline void put_columns(const Params& p, const Work<V, C>& work, const Slice<V, C>& slice, A* memory, u32 per_block, u32 mine,
                                    A (&dweight)[N * V], A (&dbias)[N * V]) {
     if (!p.has(WANT_PARAMS)) return;
     if (per_block > 1) {
@@ -203,7 +204,7 @@ template <class T, int V, int C> __device__ void backward_rows(const Params& p) 
     Group<A, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
     const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift, room = held_bytes<T>(slice.each * V);
-    const Work work(p, C, per_block, C == 1 && V > 1);
+    const Work<V, C> work(p, per_block);
     const u32 both = room + HeldGradient<T, V>::bytes(p, slice.each * V);
     char* memory = shared_memory() + Group<A, C>::BYTES;
     const auto x_of = [&](u32 stage) { return reinterpret_cast<T*>(memory + (mine * p.stages + stage) * both); };

@@ -248,6 +248,7 @@ template <class A, int C> struct Group {
     // `in_warp(i)` tells that of warp i of this block, `in_rank(r)` that of block r, of `total`. Without ALL the
     // block's first warp alone has the result.
     template <bool ALL, class F, class G> __device__ void merge_all(Moments<A>& m, u32 total, F in_warp, G in_rank) {
+        static_assert(ALL || C == 1, "all warps of a cluster exchange");
         if (lanes > 32) {
             const A* all = in_block(parts(m));
             if (!ALL && threadIdx.x >= 32) return;

@@ -85,9 +85,9 @@ static_assert(sizeof(Arguments) == 23 * 8 + 8 * 4 && sizeof(Shape) == 24 * 8 + 8
 extern __shared__ uint4 dynamic_shared[];
 // All shared memory is dynamic: one base, carved by the kernel as the plan has counted it.
 __device__ inline char* shared_memory() { return reinterpret_cast<char*>(dynamic_shared); }
+
 // The next launch of the same op may have its blocks in place while this one works; what they do waits, here, for all
-// that this one writes. Two microseconds between two launches become one. No launch but those of an op (launch.rs) asks for it,
-// for others both are without effect. Source: PTX ISA, "griddepcontrol".
+// that this one writes. Where launch.rs does not ask for it, both are without effect. Source: PTX ISA, "griddepcontrol".
 __device__ inline void in_turn() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");

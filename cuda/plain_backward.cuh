@@ -49,7 +49,7 @@ template <int N, int V> struct KeptWeights {
 // blocks of other rows load meanwhile.
 template <class T, int V, int C, int E> __device__ void backward_plain(const Params& p) {
     constexpr int N = E / V;
-    constexpr bool STRAIGHT = V == 1, TURNS = C == 1 && V > 1;
+    constexpr bool STRAIGHT = V == 1;
     Group<float, C> group(p.lanes, shared_memory());
     const Slice<V, C> slice(u32(p.set_len), p.lanes, group.lane);
     const u32 shift = log2_of(p.lanes), per_block = blockDim.x >> shift, mine = threadIdx.x >> shift;
@@ -65,7 +65,7 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     u64 here, set, step;
     u32 turn = 0, turns, own_turns, stage = 0;
     {
-        const Work work(p, C, per_block, TURNS);
+        const Work<V, C> work(p, per_block);
         const u64 item = work.item(mine, 0);
         step = work.step, turns = work.turns(0), own_turns = work.turns(mine);
         here = item * p.width + work.in_block(p) + (slice.first + slice.lane) * V;
@@ -100,7 +100,7 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     ask(0, 0);
     if (p.stages > 1) ask(1, 1);
     ask_stats(0);
-    const Affine<float, T> affine(p, Work(p, C, per_block, TURNS).first_param(p));
+    const Affine<float, T> affine(p, Work<V, C>(p, per_block).first_param(p));
     float* const weight_memory = reinterpret_cast<float*>(memory + per_block * p.stages * stage_bytes) + mine * p.lanes * E;
     const KeptWeights<N, V> weights(weight_memory, slice.lane, slice.lanes, [&](int k, float(&w)[V]) {
         if (has(k)) affine.weight((slice.first + slice.lane) * V + k * pack_step, w);
@@ -169,6 +169,6 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
         stage ^= p.stages > 1;
         here += step * p.width, set += step * p.sets_per_outer;
     }
-    put_columns<T, V, N>(p, Work(p, C, per_block, TURNS), slice, reinterpret_cast<float*>(memory), per_block, mine, dweight, dbias);
+    put_columns<T, V, N>(p, Work<V, C>(p, per_block), slice, reinterpret_cast<float*>(memory), per_block, mine, dweight, dbias);
     group.leave();
 }

@@ -197,7 +197,7 @@ impl Machine for Emulated {
         var.put_back()
     }
 
-    fn launch(&self, launch: &Launch, params: &Params) -> Result<()> {
+    fn launch(&self, launch: &Launch, params: &Params, _follows: bool) -> Result<()> {
         let kernel = find(launch.entry.name())?;
         self.check(launch, kernel)?;
         LAUNCHES[launch.entry.index()].fetch_add(1, Ordering::Relaxed);
@@ -246,7 +246,7 @@ fn find(name: &str) -> Result<&'static Registered> {
 impl Emulated {
     /// What a GPU refuses: a launch beyond the kernel's bounds or the device's.
     fn check(&self, launch: &Launch, kernel: &Registered) -> Result<()> {
-        let Launch { entry, grid, block, shared, cluster, .. } = *launch;
+        let Launch { entry, grid, block, shared, cluster } = *launch;
         let name = entry.name();
         let have = self.properties;
         if block == 0 || block % 32 != 0 || block > kernel.threads {

@@ -316,7 +316,7 @@ impl Machine for CudaMachine {
         }))
     }
 
-    fn launch(&self, launch: &Launch, params: &Params) -> Result<()> {
+    fn launch(&self, launch: &Launch, params: &Params, follows: bool) -> Result<()> {
         let function = self.loaded.function(launch.entry)?;
         let mut arguments = [std::ptr::from_ref(params).cast::<c_void>().cast_mut()];
         self.loaded.context.bind_to_thread().context("cuda: cannot use the device from this thread")?;
@@ -337,7 +337,7 @@ impl Machine for CudaMachine {
             sharedMemBytes: launch.shared,
             hStream: self.stream.cu_stream(),
             attrs: &mut early,
-            numAttrs: u32::from(launch.follows && self.loaded.properties.capability >= 90),
+            numAttrs: u32::from(follows && self.loaded.properties.capability >= 90),
         };
         // SAFETY: every entry takes one argument, a `Params` by value, whose layout `params.rs` and
         // `params.cuh` state alike; the driver copies it, and `config`, before it returns and writes to neither.

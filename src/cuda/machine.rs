@@ -61,7 +61,8 @@ pub(crate) trait Machine {
         run: &mut dyn FnMut(Option<RunningAddresses>) -> Result<()>,
     ) -> Result<()>;
 
-    fn launch(&self, launch: &Launch, params: &Params) -> Result<()>;
+    /// `follows`: another launch of the same plan was made just before.
+    fn launch(&self, launch: &Launch, params: &Params, follows: bool) -> Result<()>;
 
     /// Every launch of a plan was made: for a machine that counts what they moved.
     fn ran(&self, _plan: &Plan, _params: &Params) -> Result<()> {

@@ -229,7 +229,9 @@ fn run<M: Machine>(machine: &M, plan: &Plan, at: &Arguments) -> Result<()> {
     };
     let workspace = scratch.as_mut().map_or(Ok(0), |scratch| machine.address_mut(scratch))?;
     let params = plan.bind(at, workspace);
-    plan.launches.iter().try_for_each(|launch| machine.launch(launch, &params))?;
+    for (i, launch) in plan.launches.iter().enumerate() {
+        machine.launch(launch, &params, i > 0)?;
+    }
     machine.ran(plan, &params)
 }
 

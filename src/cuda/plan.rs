@@ -67,8 +67,6 @@ pub(crate) struct Launch {
     pub shared: u32,
     /// Blocks of a cluster, 1 for none. Compiled into the kernel.
     pub cluster: u32,
-    /// Whether the plan has a launch before it.
-    pub follows: bool,
 }
 
 /// What the plan is for.
@@ -514,8 +512,7 @@ impl<'a> Builder<'a> {
         }
         let entry = self.entry(kernel, access)?;
         let (grid, block, shared, cluster) = (grid as u32, block as u32, shared as u32, cluster as u32);
-        let follows = !self.launches.is_empty();
-        self.launches.push(Launch { entry, grid, block, shared, cluster, follows });
+        self.launches.push(Launch { entry, grid, block, shared, cluster });
         Ok(())
     }
 

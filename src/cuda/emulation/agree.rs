@@ -213,30 +213,12 @@ fn launches_that_do_not_fit_fail() -> candle_core::Result<()> {
     let entry = |name: &str| Entry::all().find(|entry| entry.name() == name).expect("an entry");
     let fits =
         |capability, launch: Launch| Emulated::new(capability)?.check(&launch, find(launch.entry.name())?);
-    let plain = Launch {
-        entry: entry("norm_combine_moments_f32"),
-        grid: 2,
-        block: 128,
-        shared: 0,
-        cluster: 1,
-        follows: false,
-    };
-    let cluster = Launch {
-        entry: entry("norm_forward_cluster_f32"),
-        grid: 16,
-        block: 256,
-        shared: 768,
-        cluster: 8,
-        follows: false,
-    };
-    let held = Launch {
-        entry: entry("norm_forward_held_f32"),
-        grid: 1,
-        block: 256,
-        shared: 90 << 10,
-        cluster: 1,
-        follows: false,
-    };
+    let plain =
+        Launch { entry: entry("norm_combine_moments_f32"), grid: 2, block: 128, shared: 0, cluster: 1 };
+    let cluster =
+        Launch { entry: entry("norm_forward_cluster_f32"), grid: 16, block: 256, shared: 768, cluster: 8 };
+    let held =
+        Launch { entry: entry("norm_forward_held_f32"), grid: 1, block: 256, shared: 90 << 10, cluster: 1 };
     for (capability, launch) in [(70, plain), (90, cluster), (70, held)] {
         fits(capability, launch)?;
     }
@@ -259,6 +241,6 @@ fn launches_that_do_not_fit_fail() -> candle_core::Result<()> {
     }
     // The check stands before the launch itself.
     let machine = Emulated::new(80)?;
-    assert!(machine.launch(&Launch { block: 0, ..plain }, &Params::default()).is_err());
+    assert!(machine.launch(&Launch { block: 0, ..plain }, &Params::default(), false).is_err());
     Ok(())
 }

@@ -154,7 +154,7 @@ impl Machine for Ledger {
         run(None)
     }
 
-    fn launch(&self, launch: &Launch, params: &Params) -> Result<()> {
+    fn launch(&self, launch: &Launch, params: &Params, _follows: bool) -> Result<()> {
         let kernel = find(launch.entry.name())?;
         self.emulated.check(launch, kernel)?;
         watch::over();

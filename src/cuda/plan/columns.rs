@@ -35,7 +35,8 @@ impl Builder<'_> {
         };
         let row = lanes * if samples { widest } else { unit } * self.r.element.bytes();
         let many = !samples && self.g.rows * self.g.width * self.r.element.bytes() >= MANY_BYTES;
-        let tile_rows = (TILE_BYTES * (1 + usize::from(many)) / row).max(4 * BLOCK / lanes);
+        let tile_bytes = if many { 2 * TILE_BYTES } else { TILE_BYTES };
+        let tile_rows = (tile_bytes / row).max(4 * BLOCK / lanes);
         let chunk_rows = tile_rows.max(self.g.rows.div_ceil(MAX_CHUNKS));
         self.schedule.lanes = lanes as u32;
         self.schedule.chunk_rows = chunk_rows as u64;
