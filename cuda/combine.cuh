@@ -10,7 +10,7 @@ struct Parts {
     u64 base, run, width, count;
 
     __device__ Parts(const Params& p, u64 set)
-        : base(quotient(set, p.sets_per_outer) * (p.part_chunks * p.part_width - p.sets_per_outer * p.part_run) + set * p.part_run),
+        : base(quotient(set, p.sets_per_outer, p.by_sets) * (p.part_chunks * p.part_width - p.sets_per_outer * p.part_run) + set * p.part_run),
           run(p.part_run), width(p.part_width), count(p.part_chunks * p.part_run) {}
     __device__ Parts(u64 base, u64 run, u64 width, u64 count) : base(base), run(run), width(width), count(count) {}
 };

@@ -74,7 +74,7 @@ template <class T, int V, int C, int E> __device__ void backward_plain(const Par
     const auto x_of = [&](u32 steps) {
         const T* x = static_cast<const T*>(p.x) + here + steps * step * p.width;
         if (!p.has(BLOCKS)) return x;
-        const u64 item = quotient(set, p.sets_per_outer) + steps * step;
+        const u64 item = quotient(set, p.sets_per_outer, p.by_sets) + steps * step;
         return x + block_start(p, item) - item * p.width;
     };
     const auto dy_of = [&](u32 steps) { return static_cast<const T*>(p.dy) + here + steps * step * p.width; };

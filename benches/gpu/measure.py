@@ -17,6 +17,7 @@ is marked as not measured: it tries this script, no kernel.
 
 import argparse
 import csv
+import functools
 import json
 import math
 import os
@@ -166,15 +167,15 @@ class Torch:
                 others["Liger"] = lambda x, w, b: LigerGroupNormFunction.apply(
                     x.view(n, c, -1), w, b, c, groups, eps
                 ).view(x.shape)
-        except ImportError:
-            pass
+        except ImportError as why:
+            absent("Liger", str(why))
         try:
             from quack import rmsnorm
 
             if norm == "RmsNorm":
                 others["Quack"] = lambda x, w, b: rmsnorm(x, w, eps=eps)
-        except ImportError:
-            pass
+        except ImportError as why:
+            absent("Quack", str(why))
         return others
 
     def eager(self, x, weight, bias):
@@ -449,6 +450,11 @@ CONTENDERS = (
     "read",
     "add",
 )
+
+
+@functools.cache
+def absent(contender, why):
+    print(f"{contender} takes no part: {why}", flush=True)
 
 
 def show(line):

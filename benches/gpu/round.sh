@@ -125,15 +125,21 @@ ncu_kernels() {
     python3 "$here/ncu.py" --worker "$here/bin/worker" --out "$out" "$@"
 }
 
-# Parts of the suite that reach most kernels in little time.
-SHORT=(golden special)
+# Parts of the suite that reach most kernels in little time, under the tools side by side.
+SHORT=(golden special very_long half_precision)
 sanitizer() {
-    local tool status=0
+    local tool status=0 jobs=()
     command -v compute-sanitizer >/dev/null || { echo "not measured: no compute-sanitizer here" && return 0; }
-    for tool in memcheck racecheck initcheck; do
-        echo "== compute-sanitizer $tool"
-        (cd "$here" && PROPTEST_CASES=4 timeout 170 compute-sanitizer --tool "$tool" --error-exitcode 9 \
-            bin/suite --test-threads=1 "${SHORT[@]}") || status=1
+    for tool in memcheck racecheck initcheck synccheck; do
+        (cd "$here" && PROPTEST_CASES=4 timeout 160 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+            bin/suite --test-threads=1 "${SHORT[@]}") >"$out/sanitizer-$tool.log" 2>&1 &
+        jobs+=("$tool:$!")
+    done
+    for tool in "${jobs[@]}"; do
+        wait "${tool#*:}" || status=1
+        echo "== compute-sanitizer ${tool%:*}"
+        grep -E '^========= (ERROR|RACECHECK|LEAK|Error|Warning|Uninit|Invalid|Target)|^test result' "$out/sanitizer-${tool%:*}.log" | sort | uniq -c | head -30
+        grep -c '^test .* ok$' "$out/sanitizer-${tool%:*}.log"
     done
     return $status
 }

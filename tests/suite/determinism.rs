@@ -25,6 +25,8 @@ fn divisible() -> Vec<Case> {
         Case::new(Norm::Rms { normalized: 1 }, &[1, s(300_000)]),
         Case::new(Norm::Group { groups: 4 }, &[3, 32, s(31), 33]),
         Case::new(Norm::Group { groups: 1 }, &[1, 4, s(300), 301]),
+        // On a GPU more chunks than it works on at once, of sets beyond the chip.
+        Case::new(Norm::Group { groups: 8 }, &[2, 16, s(512), 512]),
         Case::new(Norm::Instance { use_input_stats: true }, &[4, 16, s(61), 67]),
         Case::new(Norm::Instance { use_input_stats: false }, &[4, 16, s(61), 67]),
         Case::new(Norm::Batch { training: true }, &[16, 24, s(28), 28]),

@@ -148,6 +148,7 @@ fn very_long_sets() -> Result<()> {
         (Norm::Instance { use_input_stats: true }, vec![1, 1, long]),
         (Norm::Batch { training: true }, vec![long, 1]),
         (Norm::Batch { training: true }, vec![2, 2, long / 4]),
+        (Norm::Group { groups: 2 }, vec![2, 4, long / 16 * 8]),
     ] {
         for (mean, std) in [(0.0, 1.0), (100.0, 1.0)] {
             let case = Case { mean, std, ..Case::new(norm, &dims) };
