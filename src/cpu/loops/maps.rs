@@ -319,12 +319,25 @@ pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T>, b: Strided<T>, mut y
         each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
-                each_vector!(w, strip, |at, k| {
-                    let v = get::<S, T>(s, x.add(at), k) + get::<S, T>(s, b.add(at), k);
-                    put::<S, T>(v, to.wrapping_add(at), k);
-                    s.prefetch(x.wrapping_add(at + AHEAD));
-                    s.prefetch(b.wrapping_add(at + AHEAD));
-                })
+                pairwise!(
+                    w,
+                    strip,
+                    |at| {
+                        let (x, b) = (x.add(at), b.add(at));
+                        let ([xa, xb], [ba, bb]) = (T::load_pair(s, x), T::load_pair(s, b));
+                        T::store_pair::<S>([xa + ba, xb + bb], to.wrapping_add(at));
+                        s.prefetch(x.wrapping_add(AHEAD));
+                        s.prefetch(b.wrapping_add(AHEAD));
+                        if size_of::<T>() == size_of::<T::Acc>() {
+                            s.prefetch(x.wrapping_add(AHEAD + w));
+                            s.prefetch(b.wrapping_add(AHEAD + w));
+                        }
+                    },
+                    |at, k| {
+                        let v = get::<S, T>(s, x.add(at), k) + get::<S, T>(s, b.add(at), k);
+                        put::<S, T>(v, to.wrapping_add(at), k);
+                    }
+                );
             }
         });
     }
