@@ -1,6 +1,7 @@
 //! Weight and bias in the accumulation type, in the form in which walks take them.
 
 use super::element::{converted, Float};
+use super::loops::{Loops, Walked};
 use super::tile::by_columns;
 use crate::geometry::{self, Geometry};
 use crate::request::{Arg, Norm};
@@ -39,9 +40,17 @@ pub(super) struct Affine<'a, A: Clone> {
     pub form: Form,
     pub weight: Cow<'a, [A]>,
     bias: Option<Cow<'a, [A]>>,
+    /// The same in the order of pairs of vectors, if they are loaded so.
+    parted: Option<Parted<'a, A>>,
     /// Blocks one behind the other that share them, where samples have their own.
     tokens: Option<usize>,
 }
+
+/// Weight and bias.
+type Parted<'a, A> = (Cow<'a, [A]>, Option<Cow<'a, [A]>>);
+
+/// Sets from which it is worth it to put weights in another order.
+const MANY_SETS: usize = 16;
 
 impl<'a, A: Float> Affine<'a, A> {
     pub fn new(
@@ -66,17 +75,49 @@ impl<'a, A: Float> Affine<'a, A> {
         if form != Form::PerColumn && bias.is_none() {
             bias = Some(Cow::Owned(vec![A::ZERO; len]));
         }
-        Ok(Self { form, weight, bias, tokens })
+        Ok(Self { form, weight, bias, parted: None, tokens })
+    }
+
+    /// In the order of pairs, too, for `loops` that write the elements of columns at once.
+    pub fn part<T: Walked<Acc = A>>(&mut self, loops: &Loops<T>, g: &Geometry) {
+        if self.form != Form::PerColumn || g.sets() < MANY_SETS {
+            return;
+        }
+        let part = |x: &[A]| {
+            let mut y = vec![];
+            x.chunks(g.params().max(1)).for_each(|own| loops.part(own, &mut y));
+            y
+        };
+        let weight = part(&self.weight);
+        if !weight.is_empty() {
+            let bias = self.bias.as_ref().map(|bias| Cow::Owned(part(bias)));
+            self.parted = Some((Cow::Owned(weight), bias));
+        }
+    }
+
+    /// Weight and bias of columns, and whether they are in the order of pairs.
+    pub fn columns(&self) -> (&[A], Option<&[A]>, bool) {
+        match &self.parted {
+            Some((weight, bias)) => (weight, bias.as_deref(), true),
+            None => (&self.weight, self.bias(), false),
+        }
     }
 
     /// Those of the sample that row `row` belongs to.
-    pub fn of_row(&self, row: usize, g: &Geometry) -> Affine<'_, A> {
+    pub fn of_row<'s>(&'s self, row: usize, g: &Geometry) -> Affine<'s, A> {
         let own = match self.tokens {
             Some(tokens) => row / tokens * g.params()..(row / tokens + 1) * g.params(),
             None => 0..self.weight.len(),
         };
-        let bias = self.bias.as_ref().map(|b| Cow::Borrowed(&b[own.clone()]));
-        Affine { form: self.form, weight: Cow::Borrowed(&self.weight[own]), bias, tokens: None }
+        let of = |all: &'s Cow<'a, [A]>| Cow::Borrowed(&all[own.clone()]);
+        let parted = self.parted.as_ref().map(|(weight, bias)| (of(weight), bias.as_ref().map(of)));
+        Affine {
+            form: self.form,
+            weight: of(&self.weight),
+            bias: self.bias.as_ref().map(of),
+            parted,
+            tokens: None,
+        }
     }
 
     /// `None` only where every column has its own.

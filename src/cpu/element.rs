@@ -44,6 +44,8 @@ pub(super) trait Element: WithDType {
     fn widen(self) -> Self::Acc;
     /// Rounds to nearest, ties to even.
     fn narrow(x: Self::Acc) -> Self;
+    /// Of its pairs.
+    fn parted<S: Simd>() -> bool;
     unsafe fn load<S: Simd>(s: S, p: *const Self) -> V<S, Self>;
     unsafe fn load_pair<S: Simd>(s: S, p: *const Self) -> [V<S, Self>; 2];
     unsafe fn load_part<S: Simd>(s: S, p: *const Self, n: usize) -> V<S, Self>;
@@ -63,6 +65,10 @@ macro_rules! element {
             #[inline(always)]
             fn narrow(x: $acc) -> $t {
                 Number::rounded(x)
+            }
+            #[inline(always)]
+            fn parted<S: Simd>() -> bool {
+                <S::$vector as Convert<S, Self, $acc>>::PARTED
             }
             element! { $vector:
             load(s: S, p: *const Self) -> S::$vector;

@@ -126,7 +126,10 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
     after: After<T>,
 ) -> Result<Outcome<T>> {
     let (norm, g) = (&call.norm, &call.norm.geometry);
-    let affine = Affine::new(norm, call.weight, call.bias, call.weight.is_some() || call.bias.is_some())?;
+    let mut affine = Affine::new(norm, call.weight, call.bias, call.weight.is_some() || call.bias.is_some())?;
+    if !after.any() {
+        affine.part(W::loops(level), g);
+    }
     let mut stats = match (&call.given, &plan.statistics) {
         (Some(given), _) => Some(snapshot::<T::Acc>(given, g.sets())?),
         (None, Some(visit)) => Some(statistics_in_parts::<T, W>(level, g, x, visit)),

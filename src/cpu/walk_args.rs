@@ -73,8 +73,8 @@ impl<T: Walked> Out<'_, T> {
         };
         match line {
             Line::Spans { span, constants, ahead } => loops.scale_spans(x, y, span, constants, ahead),
-            Line::Columns { weight, bias, constants, ahead } => {
-                loops.scale_columns(x, y, weight, bias, constants, ahead)
+            Line::Columns { weight, bias, parted, constants, ahead } => {
+                loops.scale_columns(x, y, weight, bias, parted, constants, ahead)
             }
             Line::Each { constants, rows } => loops.scale_each(x, y, constants, rows),
         }

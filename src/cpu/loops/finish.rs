@@ -21,7 +21,7 @@ pub(in crate::cpu) enum Line<'a, A> {
     /// span of every row.
     Spans { span: usize, constants: &'a [[A; 3]], ahead: usize },
     /// `((x - high) * rstd + shift) * weight + bias` by columns: `[high, rstd, shift]` of all rows, or of every row.
-    Columns { weight: &'a [A], bias: Option<&'a [A]>, constants: &'a [[A; 3]], ahead: usize },
+    Columns { weight: &'a [A], bias: Option<&'a [A]>, parted: bool, constants: &'a [[A; 3]], ahead: usize },
     /// `(x - high) * scale + bias`, `[high, scale, bias]` of every column; then that times the row's weight, plus its
     /// bias.
     Each { constants: [&'a [A]; 3], rows: Option<[&'a [A]; 2]> },
@@ -209,7 +209,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                         }
                     });
                 }
-                Line::Columns { weight, bias, constants, ahead } => {
+                Line::Columns { weight, bias, constants, ahead, parted: _ } => {
                     assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
                     let [high, rstd, shift] = splats::<S, T, _>(s, &of_row(constants, 1, r)[0]);
                     // Of no bias, the number that changes no bit: one loop for both, and every kind.

@@ -72,39 +72,65 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
     mut y: To<T>,
     weight: &[T::Acc],
     bias: Option<&[T::Acc]>,
+    parted: bool,
     constants: &[[T::Acc; 3]],
     ahead: usize,
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows && weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
-    let weight = weight.as_ptr();
+    let (weight, pairs) = (weight.as_ptr(), parted && T::parted::<S>());
     for r in 0..x.rows {
         let (x, mut strips) = (x.row(r), y.strips::<S>(r));
         let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
         each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
+                macro_rules! each {
+                    (|$xhat:ident, $at:ident, $k:ident| $y:expr) => {{
+                        let mut start = strip.start;
+                        while pairs && start + 2 * w <= strip.end {
+                            let p = x.add(start);
+                            let [a, b] = T::load_pair(s, p);
+                            let $k = w;
+                            let ($at, $xhat) = (start, (a - high).fma(rstd, shift));
+                            let a = $y;
+                            let ($at, $xhat) = (start + w, (b - high).fma(rstd, shift));
+                            T::store_pair::<S>([a, $y], to.wrapping_add(start));
+                            s.prefetch(p.wrapping_add(ahead));
+                            start += 2 * w;
+                        }
+                        each_vector!(w, start..strip.end, |$at, $k| {
+                            let $xhat = (get::<S, T>(s, x.add($at), $k) - high).fma(rstd, shift);
+                            put::<S, T>($y, to.wrapping_add($at), $k);
+                            s.prefetch(x.wrapping_add($at + ahead));
+                        })
+                    }};
+                }
                 match bias {
                     Some(bias) => {
                         let bias = bias.as_ptr();
-                        each_vector!(w, strip, |at, k| {
-                            let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
-                            let (w, b) = (
-                                get::<S, T::Acc>(s, weight.add(at), k),
-                                get::<S, T::Acc>(s, bias.add(at), k),
-                            );
-                            put::<S, T>(xhat.fma(w, b), to.wrapping_add(at), k);
-                            s.prefetch(x.wrapping_add(at + ahead));
-                        })
+                        each!(|xhat, at, k| xhat.fma(
+                            get::<S, T::Acc>(s, weight.add(at), k),
+                            get::<S, T::Acc>(s, bias.add(at), k)
+                        ))
                     }
-                    None => each_vector!(w, strip, |at, k| {
-                        let xhat = (get::<S, T>(s, x.add(at), k) - high).fma(rstd, shift);
-                        put::<S, T>(xhat * get::<S, T::Acc>(s, weight.add(at), k), to.wrapping_add(at), k);
-                        s.prefetch(x.wrapping_add(at + ahead));
-                    }),
+                    None => each!(|xhat, at, k| xhat * get::<S, T::Acc>(s, weight.add(at), k)),
                 }
             }
         });
+    }
+}
+
+#[inline(always)]
+pub(super) fn part<S: Simd, T: Element>(_: S, x: &[T::Acc], y: &mut Vec<T::Acc>) {
+    if !T::parted::<S>() {
+        return;
+    }
+    for pair in x.chunks(2 * V::<S, T>::W) {
+        match pair.len() == 2 * V::<S, T>::W {
+            true => [0, 1].into_iter().for_each(|first| y.extend(pair.iter().skip(first).step_by(2))),
+            false => y.extend_from_slice(pair),
+        }
     }
 }
 

@@ -150,9 +150,12 @@ table! {
         scale_spans = maps::scale_spans,
             (x: Strided<T>, y: To<T>, span: usize, constants: &[[T::Acc; 3]], ahead: usize);
         /// `y = ((x - high) * rstd + shift) * weight + bias` by columns: `[high, rstd, shift]` of all rows, or of
-        /// every row.
+        /// every row. `parted`: weight and bias lie as `part` leaves them.
         scale_columns = maps::scale_columns,
-            (x: Strided<T>, y: To<T>, weight: &[T::Acc], bias: Option<&[T::Acc]>, constants: &[[T::Acc; 3]], ahead: usize);
+            (x: Strided<T>, y: To<T>, weight: &[T::Acc], bias: Option<&[T::Acc]>, parted: bool,
+             constants: &[[T::Acc; 3]], ahead: usize);
+        /// Adds to `y` what belongs to columns, in the order of the elements of pairs; nothing where that is their own.
+        part = maps::part, (x: &[T::Acc], y: &mut Vec<T::Acc>);
         /// `y = (x - high) * scale + bias`, `[high, scale, bias]` of every column; then that times the row's
         /// weight, plus its bias.
         scale_each = maps::scale_each,

@@ -82,6 +82,9 @@ pub(super) trait Functions<S>: Vector<S, f32> {
 pub(super) trait Convert<S, T, A>: Sized {
     unsafe fn load(s: S, p: *const T) -> Self;
 
+    /// Whether a pair has the elements at even places, and those at odd ones; neighbours otherwise.
+    const PARTED: bool = false;
+
     /// `2 * W` elements, which come in an order of the type's own.
     unsafe fn load_pair(s: S, p: *const T) -> [Self; 2];
 

@@ -318,8 +318,11 @@ macro_rules! convert {
      load |$lp:ident| $load:expr, part |$pp:ident, $pn:ident| $part:expr,
      store |$sp:ident, $sv:ident| $store:expr,
      part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr,
-     pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr) => {
+     pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr
+     $(, parted $parted:literal)?) => {
         impl<S: $level> Convert<S, $t, $a> for $name {
+            $(const PARTED: bool = $parted;)?
+
             #[inline(always)]
             unsafe fn load(_: S, $lp: *const $t) -> Self {
                 // SAFETY: the caller's; the level's value proves it.
@@ -390,13 +393,13 @@ part |p, n| bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
 store |p, v| _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v)),
 pairs |p| bf16_parted16(_mm512_loadu_si512(p.cast())),
-|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)) }
+|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)), parted true }
 convert! { F32x8, bf16, f32, Has256,
 load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
 store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
 part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
 pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
-|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)) }
+|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)), parted true }
 
 convert! { F32x16, f16, f32, Has512,
 load |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),

@@ -77,8 +77,8 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
         match k.affine.form {
             Form::PerSpan(span) => k.y.write(k.loops, to, x, Line::Spans { span, constants, ahead }),
             _ => {
-                let (weight, bias) = (&k.affine.weight, k.affine.bias());
-                k.y.write(k.loops, to, x, Line::Columns { weight, bias, constants, ahead })
+                let (weight, bias, parted) = k.affine.columns();
+                k.y.write(k.loops, to, x, Line::Columns { weight, bias, parted, constants, ahead })
             }
         }
     }

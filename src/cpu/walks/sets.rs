@@ -45,7 +45,8 @@ fn normalize<T: Walked>(k: &mut ForwardArgs<T>, part: &Part, stat: Stat<T::Acc>)
     let c = part.columns.clone();
     let bias = affine.bias().map(|b| &b[c.clone()]);
     let constants = [[stat.high, rstd, -(stat.low * rstd)]];
-    let line = Line::Columns { weight: &affine.weight[c], bias, constants: &constants, ahead: 0 };
+    let (weight, constants) = (&affine.weight[c], &constants);
+    let line = Line::Columns { weight, bias, parted: false, constants, ahead: 0 };
     k.y.write(k.loops, to, x, line)
 }
 
