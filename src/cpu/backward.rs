@@ -46,10 +46,15 @@ pub(super) fn backward<T: Stored>(
     call: &Backward<CpuStorage>,
 ) -> Result<Gradients<CpuStorage>> {
     let params = call.want.dweight.is_some() || call.want.dbias.is_some();
-    let read = Call::<T>::new(level, call, params)?;
+    let mut read = Call::<T>::new(level, call, params)?;
     match read.after.any() || read.x.gate.is_some() {
         true => run::<T, T::Acc>(&read, call),
-        false => run::<T, T::WalkedAs>(&read, call),
+        false => {
+            if call.want.dx {
+                read.affine.part(T::WalkedAs::loops(level), read.g);
+            }
+            run::<T, T::WalkedAs>(&read, call)
+        }
     }
 }
 

@@ -72,16 +72,23 @@ impl<B: Copy> Behind<B> {
 }
 
 impl<T: Element> Behind<Strided<'_, T>> {
-    /// Row `r` of blocks of `rows` times `n` elements.
+    /// Asserts that the blocks are of `rows` times `n` elements. Once, before loops: out of these the compiler takes the
+    /// comparison ahead of the question whether there is a block, harmlessly, which memcheck cannot know.
     #[inline(always)]
-    fn row(&self, r: usize, [rows, n]: [usize; 2]) -> Behind<*const T> {
+    fn assert_fits(&self, rows: usize, n: usize) {
+        for block in [&self.skip, &self.gate].into_iter().flatten() {
+            assert!(block.rows == rows && block.n == n);
+        }
+    }
+
+    /// Row `r`.
+    #[inline(always)]
+    fn row(&self, r: usize) -> Behind<*const T> {
         let [mut skip, mut gate] = [None; 2];
         if let Some(b) = self.skip {
-            assert!(b.rows == rows && b.n == n);
             skip = Some(b.row(r));
         }
         if let Some(b) = self.gate {
-            assert!(b.rows == rows && b.n == n);
             gate = Some(b.row(r));
         }
         Behind { skip, activation: self.activation, gate }
@@ -130,8 +137,9 @@ pub(super) fn finish<S: Simd, T: Element>(
 ) {
     let (w, n) = (V::<S, T>::W, z.n);
     assert!(y.n == n && y.rows == z.rows);
+    behind.assert_fits(z.rows, n);
     for r in 0..z.rows {
-        let (p, row, mut strips) = (z.row(r), behind.row(r, [z.rows, n]), y.strips::<S>(r));
+        let (p, row, mut strips) = (z.row(r), behind.row(r), y.strips::<S>(r));
         each_strip!(s, strips, |to, strip| {
             let mut at = strip.start;
             while at < strip.end {
@@ -189,8 +197,9 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
+    behind.assert_fits(x.rows, n);
     for r in 0..x.rows {
-        let (p, row, mut strips) = (x.row(r), behind.row(r, [x.rows, n]), y.strips::<S>(r));
+        let (p, row, mut strips) = (x.row(r), behind.row(r), y.strips::<S>(r));
         each_strip!(s, strips, |to, strip| {
             match *line {
                 Line::Spans { span, constants, ahead } => {

@@ -226,19 +226,33 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
     dy: Strided<T>,
     mut dx: To<T>,
     weight: &[T::Acc],
+    parted: bool,
     constants: &[[T::Acc; 4]],
     ahead: usize,
 ) {
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(dy.n == n && dy.rows == x.rows && dx.n == n && dx.rows == x.rows && weight.len() >= n);
-    let weight = weight.as_ptr();
+    let (weight, pairs) = (weight.as_ptr(), parted && T::parted::<S>());
     for r in 0..x.rows {
         let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let [high, x_scale, shift, rstd] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
         each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
-                each_vector!(w, strip, |at, k| {
+                let mut start = strip.start;
+                while pairs && start + 2 * w <= strip.end {
+                    let (px, pdy) = (x.add(start), dy.add(start));
+                    let ([xa, xb], [a, b]) = (T::load_pair(s, px), T::load_pair(s, pdy));
+                    let wa = get::<S, T::Acc>(s, weight.add(start), w);
+                    let wb = get::<S, T::Acc>(s, weight.add(start + w), w);
+                    let a = (a * rstd).fma(wa, (xa - high).fma(x_scale, shift));
+                    let b = (b * rstd).fma(wb, (xb - high).fma(x_scale, shift));
+                    T::store_pair::<S>([a, b], to.wrapping_add(start));
+                    s.prefetch(px.wrapping_add(ahead));
+                    s.prefetch(pdy.wrapping_add(ahead));
+                    start += 2 * w;
+                }
+                each_vector!(w, start..strip.end, |at, k| {
                     let (d, dy_at) = (get::<S, T>(s, x.add(at), k) - high, get::<S, T>(s, dy.add(at), k));
                     let weight = get::<S, T::Acc>(s, weight.add(at), k);
                     let v = (dy_at * rstd).fma(weight, d.fma(x_scale, shift));

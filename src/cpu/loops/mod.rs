@@ -164,9 +164,10 @@ table! {
         gradient_spans = maps::gradient_spans,
             (x: Strided<T>, dy: Strided<T>, dx: To<T>, span: usize, constants: &[[T::Acc; 4]], ahead: usize);
         /// `dx = dy * rstd * weight + ((x - high) * x_scale + shift)` by columns:
-        /// `[high, x_scale, shift, rstd]` of all rows, or of every row.
+        /// `[high, x_scale, shift, rstd]` of all rows, or of every row. `parted`: as above.
         gradient_columns = maps::gradient_columns,
-            (x: Strided<T>, dy: Strided<T>, dx: To<T>, weight: &[T::Acc], constants: &[[T::Acc; 4]], ahead: usize);
+            (x: Strided<T>, dy: Strided<T>, dx: To<T>, weight: &[T::Acc], parted: bool,
+             constants: &[[T::Acc; 4]], ahead: usize);
         /// `dx = dy * weight * scale + ((x - high) * x_scale + shift)`: `[high, x_scale, shift, scale]` of every
         /// column, weights by row.
         gradient_each = maps::gradient_each,

@@ -91,7 +91,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let short = n <= SHORT_ROW;
     let step = step::<T>(n, ABREAST);
     let abreast = short && matches!(k.means, MeansFrom::Tile);
-    let weight = &input.affine.weight;
+    let (weight, _, parted) = input.affine.columns();
     let mut gradients = [InputGradient::ZERO; MOST];
     let mut constants = [[T::Acc::ZERO; 4]; MOST];
     for set in sets.clone().step_by(step) {
@@ -109,12 +109,13 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
             constants[i] = gradients[i].with_scale(gradients[i].rstd);
             if let (Some(dx), false) = (&mut k.dx, short) {
                 let dx = dx.block(place(g, set + i), n, 1, n);
-                loops.gradient_columns(x.part(i, 1), dy.part(i, 1), dx, weight, &constants[i..=i], n);
+                let (x, dy) = (x.part(i, 1), dy.part(i, 1));
+                loops.gradient_columns(x, dy, dx, weight, parted, &constants[i..=i], n);
             }
         }
         if let (Some(dx), true) = (&mut k.dx, short) {
             let dx = dx.block(at, n, x.rows, n);
-            loops.gradient_columns(x, dy, dx, weight, &constants[..x.rows], step * n);
+            loops.gradient_columns(x, dy, dx, weight, parted, &constants[..x.rows], step * n);
         }
         if let Some(params) = &mut k.params {
             let mut stats = [[T::Acc::ZERO; 3]; MOST];

@@ -120,7 +120,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
         let c = part.columns.clone();
         if let Some(dx) = &mut k.dx {
             let constants = [gradient.with_scale(gradient.rstd)];
-            loops.gradient_columns(x, dy, part.out(dx), &affine.weight[c.clone()], &constants, 0);
+            loops.gradient_columns(x, dy, part.out(dx), &affine.weight[c.clone()], false, &constants, 0);
         }
         if let Some(params) = &mut k.params {
             let own = c.start - input.tile.columns.start..c.end - input.tile.columns.start;
