@@ -27,6 +27,18 @@ pub(in crate::cpu) enum Line<'a, A> {
     Each { constants: [&'a [A]; 3], rows: Option<[&'a [A]; 2]> },
 }
 
+impl<A> Line<'_, A> {
+    /// Asserts that there are constants for `n` columns; once, as `Behind::assert_fits` is.
+    #[inline(never)]
+    fn assert_fits(&self, n: usize) {
+        assert!(match self {
+            Line::Spans { span, .. } => n % span == 0,
+            Line::Columns { weight, bias, .. } => weight.len() >= n && bias.is_none_or(|b| b.len() >= n),
+            Line::Each { constants, .. } => constants.iter().all(|c| c.len() >= n),
+        });
+    }
+}
+
 /// What is done to z, in this order; each `B` a tile or block of y's shape.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Behind<B> {
@@ -72,9 +84,9 @@ impl<B: Copy> Behind<B> {
 }
 
 impl<T: Element> Behind<Strided<'_, T>> {
-    /// Asserts that the blocks are of `rows` times `n` elements. Once, before loops: out of these the compiler takes the
-    /// comparison ahead of the question whether there is a block, harmlessly, which memcheck cannot know.
-    #[inline(always)]
+    /// Asserts that the blocks are of `rows` times `n` elements. Once, and apart from loops: out of these the compiler takes
+    /// the comparison ahead of the question whether there is a block, harmlessly, which memcheck cannot know.
+    #[inline(never)]
     fn assert_fits(&self, rows: usize, n: usize) {
         for block in [&self.skip, &self.gate].into_iter().flatten() {
             assert!(block.rows == rows && block.n == n);
@@ -198,14 +210,13 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
     behind.assert_fits(x.rows, n);
+    line.assert_fits(n);
     for r in 0..x.rows {
         let (p, row, mut strips) = (x.row(r), behind.row(r), y.strips::<S>(r));
         each_strip!(s, strips, |to, strip| {
             match *line {
                 Line::Spans { span, constants, ahead } => {
-                    let spans = n / span;
-                    assert!(spans * span == n);
-                    let constants = of_row(constants, spans, r);
+                    let constants = of_row(constants, n / span, r);
                     each_span!(strip, span, |i, part| {
                         let [high, scale, bias] = splats::<S, T, _>(s, &constants[i]);
                         // SAFETY: the spans lie within the blocks' rows, by the assertions, and the part within the strip.
@@ -219,7 +230,6 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                     });
                 }
                 Line::Columns { weight, bias, constants, ahead, parted: _ } => {
-                    assert!(weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
                     let [high, rstd, shift] = splats::<S, T, _>(s, &of_row(constants, 1, r)[0]);
                     // Of no bias, the number that changes no bit: one loop for both, and every kind.
                     let none = [-T::Acc::ZERO; MOST_LANES];
@@ -237,7 +247,6 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                     }
                 }
                 Line::Each { constants, rows } => {
-                    assert!(constants.iter().all(|c| c.len() >= n));
                     let [high, scale, bias] = starts(constants);
                     let of_row = match rows {
                         Some([weight, bias]) => [weight[r], bias[r]],
