@@ -32,7 +32,7 @@ impl<A> Line<'_, A> {
     #[inline(never)]
     fn assert_fits(&self, n: usize) {
         assert!(match self {
-            Line::Spans { span, .. } => n % span == 0,
+            Line::Spans { span, .. } => n.is_multiple_of(*span),
             Line::Columns { weight, bias, .. } => weight.len() >= n && bias.is_none_or(|b| b.len() >= n),
             Line::Each { constants, .. } => constants.iter().all(|c| c.len() >= n),
         });
