@@ -35,15 +35,16 @@ done
 
 round=target/gpu/round
 rm -rf "$round"
-mkdir -p "$round/bin" "$round/tests" "$round/wheels" "$round/variants"
+mkdir -p "$round/bin" "$round/tests" "$round/variants"
 strip -o "$round/bin/suite" "$suite"
 strip -o "$round/bin/worker" "$worker"
 strip -o "$round/bin/norms" "$norms"
 strip -o "$round/bin/blocks" "$blocks"
 cp benches/gpu/*.py benches/gpu/*.sh benches/gpu/rows.tsv benches/gpu/README.md "$round/"
 cp -r tests/golden "$round/tests/"
-# Liger is pure Python (Triton comes with PyTorch): its wheel can be imported as it is.
-python3 -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: --dest "$round/wheels" liger-kernel ||
+# Liger is pure Python (Triton comes with PyTorch). Unpacked: a part of it has no __init__.py, which Python finds in a
+# folder and not in a wheel.
+python3 -m pip install --quiet --disable-pip-version-check --no-deps --only-binary :all: --target "$round/python" liger-kernel ||
     echo "pack: no wheel of Liger: it will take part only where it is installed"
 for variant in ${VARIANTS:-}; do
     mkdir -p "$round/variants/$(basename "$variant")"

@@ -49,11 +49,8 @@ END
 }
 LD_LIBRARY_PATH=$(libraries | paste -sd: -)${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
 export LD_LIBRARY_PATH
-# Wheels carried along, as they are: pure Python needs no installation.
-for wheel in "$here"/wheels/*.whl; do
-    [ -e "$wheel" ] && PYTHONPATH=$wheel${PYTHONPATH:+:$PYTHONPATH}
-done
-export PYTHONPATH=${PYTHONPATH:-}
+# Packages carried along.
+export PYTHONPATH=$here/python${PYTHONPATH:+:$PYTHONPATH}
 # The suite reads tests/golden from here.
 export CANDLE_NORM_TEST_DEVICE=cuda CARGO_MANIFEST_DIR=$here
 # candle captures a backtrace with every error, and printing one resolves it through CUDA's libraries: seconds
