@@ -35,8 +35,12 @@ const NEAR: f32 = -16.0;
 /// Added to a number it rounds that to an integer, and leaves it where an exponent wants it: beside a sign.
 const MAGIC: f32 = 12_582_912.0 + 256.0 + 127.0;
 
-/// No level has more lanes of f32.
-const LANES: usize = 16;
+/// `ln 2` in two numbers: products of the first and a small integer are exact.
+const LN_2_HIGH: f32 = 0.693_359_375;
+const LN_2_LOW: f32 = -2.121_944_4e-4;
+
+/// No level has more lanes of f32, nor two vectors of one.
+const LANES: usize = 32;
 
 /// A vector's lanes; zero in those that it does not have.
 #[inline(always)]
@@ -94,18 +98,22 @@ fn power_and_rest<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     let magic = c(s, MAGIC);
     let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
     let n = shifted - magic;
-    let r = n.fma(c(s, 0.693_359_375), x);
-    [shifted.exponent(), n.fma(c(s, -2.121_944_4e-4), r)]
+    let r = n.fma(c(s, LN_2_HIGH), x);
+    [shifted.exponent(), n.fma(c(s, LN_2_LOW), r)]
 }
 
-/// `1 - e^-r = r + r^2 q`: minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
+/// `1 - e^-r`.
 #[inline(always)]
 fn lost_to_power<S: Simd>(s: S, r: F<S>) -> F<S> {
-    let q = c(s, -1.381_454_1e-3).fma(r, c(s, 8.368_745_4e-3));
-    let q = q.fma(r, c(s, -4.166_839e-2));
-    let q = q.fma(r, c(s, 1.666_652_1e-1));
-    let q = q.fma(r, c(s, -0.499_999_94));
-    (r * r).fma(q, r)
+    (r * r).fma(lost_beyond_line(s, r), r)
+}
+
+/// q of `1 - e^-r = r + r^2 q`: minimax, off by 3e-9 on [-ln 2 / 2, ln 2 / 2].
+#[inline(always)]
+fn lost_beyond_line<S: Simd>(s: S, r: F<S>) -> F<S> {
+    let square = r * r;
+    let high = c(s, -1.381_454_1e-3).fma(square, c(s, 8.368_745_4e-3).fma(r, c(s, -4.166_839e-2)));
+    high.fma(square, c(s, 1.666_652_1e-1).fma(r, c(s, -0.499_999_94)))
 }
 
 #[inline(always)]
@@ -130,7 +138,7 @@ pub(super) fn silu_both<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
 macro_rules! in_f64 {
     ($s:expr, $x:expr, |$wide:ident| $values:expr) => {{
         let (x, mut wide) = (lanes::<S>($x), [0f64; LANES]);
-        for l in 0..LANES {
+        for l in 0..F::<S>::W {
             wide[l] = f64::from(x[l]);
         }
         let mut all = [wide; 2];
@@ -151,73 +159,115 @@ macro_rules! in_f64 {
 #[inline(always)]
 fn narrowed<S: Simd>(s: S, wide: &[f64; LANES]) -> F<S> {
     let mut narrow = [0.0; LANES];
-    for l in 0..LANES {
+    for l in 0..F::<S>::W {
         narrow[l] = wide[l] as f32;
     }
     vector(s, &narrow)
 }
 
-/// GELU's own: how far below zero its vectors go. Beyond as far above zero `gelu(z)` is z.
+/// Above it `gelu(z)` is z.
 const GELU_FAR: f32 = 5.5;
 
-/// `-ln(erfc(a / sqrt(2))) / a`: minimax, off by `2^-29 / a` on [0, `GELU_FAR`].
+/// What is not above it is made lane by lane.
+const GELU_LEAST: f32 = -5.25;
+
+/// Where the polynomial below is about: far from zero, where the power is that of a larger number, errors count most.
+const GELU_CENTRE: f32 = 3.0;
+
+/// `-ln(erfc(a / sqrt(2)) e^(a^2 / 2)) / a` of `GELU_CENTRE + d` in powers of d: minimax, off by `2^-29 / a` on
+/// [0, `GELU_FAR`].
 const GELU_TAIL: [f64; 12] = [
-    0.797_884_485_574_654_6,
-    0.318_311_069_359_715_06,
-    0.036_329_066_659_310_048,
-    -0.004_763_787_263_254_171_9,
-    -6.761_196_497_888_511e-5,
-    2.453_671_604_318_954_4e-4,
-    -7.702_161_924_479_309e-5,
-    1.461_888_697_526_566_3e-5,
-    -1.871_621_998_673_479e-6,
-    1.585_985_265_917_322_5e-7,
-    -8.062_480_031_626_476e-9,
-    1.863_528_754_256_566_5e-10,
+    0.471_526_347_021_880_9,
+    -0.062_809_228_235_610_37,
+    0.009_176_544_492_356_423,
+    -0.001_310_487_163_761_238_4,
+    0.000_173_905_655_796_352_98,
+    -2.023_899_883_940_969e-5,
+    1.806_028_245_049_917e-6,
+    -5.534_130_803_520_259e-8,
+    -2.456_408_494_790_487_5e-8,
+    8.968_803_015_912_711e-9,
+    -1.912_838_816_518_537e-9,
+    1.863_522_753_076_304_4e-10,
 ];
 
-/// `-ln(erfc(a / sqrt(2)))`, with numbers as `$k` makes them. Powers in pairs, and pairs of those: one behind the other they
-/// take longer than all else.
+/// The polynomial at `$d`, less its first term, over `$d`, with numbers as `$k` makes them. Powers in pairs, and pairs of
+/// those: one behind the other they take longer than all else.
 macro_rules! gelu_tail {
-    ($s:expr, $a:expr, $k:ident) => {{
-        let (a, square) = ($a, $a * $a);
-        let (mut pairs, mut fours) = ([a; 6], [a; 3]);
-        for i in 0..6 {
-            pairs[i] = $k($s, GELU_TAIL[2 * i + 1] as _).fma(a, $k($s, GELU_TAIL[2 * i] as _));
-        }
-        for i in 0..3 {
-            fours[i] = pairs[2 * i + 1].fma(square, pairs[2 * i]);
-        }
-        let [first, second, third] = fours;
+    ($s:expr, $d:expr, $k:ident) => {{
+        let (d, square) = ($d, $d * $d);
+        let k = |i: usize| $k($s, GELU_TAIL[i] as _);
+        let first = k(4).fma(d, k(3)).fma(square, k(2).fma(d, k(1)));
+        let second = k(8).fma(d, k(7)).fma(square, k(6).fma(d, k(5)));
+        let third = k(11).fma(square, k(10).fma(d, k(9)));
         let fourth = square * square;
-        third.fma(fourth, second).fma(fourth, first) * a
+        third.fma(fourth, second).fma(fourth, first)
     }};
 }
 
-/// The normal distribution's tail, `erfc(a / sqrt(2)) / 2`, times v, which is z or 1; a is in [0, `GELU_FAR`]. The exponent
-/// is made in f64: of 15 half a unit in the last place is eight of the power.
+/// The normal distribution's tail, `erfc(a / sqrt(2)) / 2`, times v, which is z or 1; a is in [0, `GELU_FAR`]. Of an exponent
+/// of 15 half a unit in the last place is eight of the power: it is made in two numbers where a product's error can be had
+/// from `fma`, and in f64 elsewhere.
 #[inline(always)]
 fn times_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
+    if const { S::FMA } {
+        times_tail_in_two(s, v, a)
+    } else {
+        times_tail_in_f64(s, v, a)
+    }
+}
+
+#[inline(always)]
+fn times_tail_in_two<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
+    let zero = c(s, 0.0);
+    let first = c(s, GELU_TAIL[0] as f32);
+    let first_lost = c(s, (GELU_TAIL[0] - (GELU_TAIL[0] as f32) as f64) as f32);
+    let d = a - c(s, GELU_CENTRE);
+    let bent = gelu_tail!(s, d, c);
+    let slope = d.fma(bent, first);
+    let slope_lost = d.fma(bent, first - slope) + first_lost;
+    let half = a * c(s, 0.5);
+    let (square, line) = (half * a, a * slope);
+    let line_lost = a.fma(slope_lost, a.fma(slope, zero - line));
+    let lost = half.fma(a, zero - square) + line_lost;
+    // The exponent is square + line + lost, all positive but the last.
+    let magic = c(s, MAGIC);
+    let shifted = (square + line).fma(c(s, -std::f32::consts::LOG2_E), magic);
+    let n = shifted - magic;
+    let rest = n.fma(c(s, LN_2_HIGH), square) + line;
+    let more = n.fma(c(s, LN_2_LOW), lost);
+    let r = rest + more;
+    let lost = (r * r).fma(lost_beyond_line(s, r), more) + rest;
+    times_half_power(s, v, [shifted.exponent(), lost])
+}
+
+#[inline(always)]
+fn times_tail_in_f64<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
     const ROUND: f64 = 6_755_399_441_055_744.0;
     let [n, r] = in_f64!(s, a, |a| {
-        let x = gelu_tail!(s, a, d);
+        let from_centre = a - d(s, GELU_CENTRE as f64);
+        let x = gelu_tail!(s, from_centre, d).fma(from_centre, a.fma(d(s, 0.5), d(s, GELU_TAIL[0]))) * a;
         let n = x.fma(d(s, -std::f64::consts::LOG2_E), d(s, ROUND)) - d(s, ROUND);
         [n, n.fma(d(s, std::f64::consts::LN_2), x)]
     });
-    times_half_power(s, v, [(narrowed(s, &n) + c(s, MAGIC)).exponent(), narrowed(s, &r)])
+    let minus_pow2 = (narrowed(s, &n) + c(s, MAGIC)).exponent();
+    times_half_power(s, v, [minus_pow2, lost_to_power(s, narrowed(s, &r))])
 }
 
 /// The same all in f32, off by 2^-18 of itself: what is rounded to 16 bits next hardly shows it.
 #[inline(always)]
 fn times_rough_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
-    times_half_power(s, v, power_and_rest(s, gelu_tail!(s, a, c)))
+    let d = a - c(s, GELU_CENTRE);
+    let slope = gelu_tail!(s, d, c).fma(d, a.fma(c(s, 0.5), c(s, GELU_TAIL[0] as f32)));
+    let [minus_pow2, r] = power_and_rest(s, slope * a);
+    times_half_power(s, v, [minus_pow2, lost_to_power(s, r)])
 }
 
-/// `v / 2 * 2^n e^-r`.
+/// `v / 2 * 2^n (1 - lost)`.
 #[inline(always)]
-fn times_half_power<S: Simd>(s: S, v: F<S>, [minus_pow2, r]: [F<S>; 2]) -> F<S> {
+fn times_half_power<S: Simd>(s: S, v: F<S>, [minus_pow2, lost]: [F<S>; 2]) -> F<S> {
     let half = v * c(s, 0.5);
-    lost_to_power(s, r).fma(half, c(s, 0.0) - half) * minus_pow2
+    lost.fma(half, c(s, 0.0) - half) * minus_pow2
 }
 
 /// `z * erfc(-z / sqrt(2)) / 2`; `rough`: to be rounded to 16 bits.
@@ -244,10 +294,10 @@ fn gelu_slope<S: Simd>(s: S, z: F<S>) -> F<S> {
     or_by_lane(s, z, near, |z| slope_f64(Activation::Gelu, z))
 }
 
-/// `near`, but `f` of the lanes of z that are not above `-GELU_FAR`: what norms leave is hardly ever.
+/// `near`, but `f` of the lanes of z that are not above `GELU_LEAST`: what norms leave is hardly ever.
 #[inline(always)]
 fn or_by_lane<S: Simd>(s: S, z: F<S>, near: F<S>, f: fn(f64) -> f64) -> F<S> {
-    if z.above(c(s, -GELU_FAR)) {
+    if z.above(c(s, GELU_LEAST)) {
         return near;
     }
     let mut all = lanes::<S>(near);
@@ -259,7 +309,7 @@ fn or_by_lane<S: Simd>(s: S, z: F<S>, near: F<S>, f: fn(f64) -> f64) -> F<S> {
 #[inline(never)]
 fn far_lanes(all: &mut [f32; LANES], z: [f32; LANES], f: fn(f64) -> f64) {
     for (near, z) in all.iter_mut().zip(z) {
-        if z.is_nan() || z <= -GELU_FAR {
+        if z.is_nan() || z <= GELU_LEAST {
             *near = f(f64::from(z)) as f32;
         }
     }
@@ -275,7 +325,7 @@ fn gelu_twice_u<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
     let [exact, _] = in_f64!(s, x, |x| [x * (x * x).fma(d(s, GELU_K * 0.044715), d(s, GELU_K))]);
     let (u, mut more) = (narrowed(s, &exact), exact);
     let rounded = lanes::<S>(u);
-    for l in 0..LANES {
+    for l in 0..F::<S>::W {
         more[l] -= f64::from(rounded[l]);
     }
     [u, narrowed(s, &more)]
@@ -344,7 +394,7 @@ pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
 /// `f` of each lane of a vector of f64.
 macro_rules! by_lane_f64 {
     ($s:expr, $z:expr, $f:expr) => {{
-        let mut lanes = [0f64; 8];
+        let mut lanes = [0f64; 16];
         // SAFETY: no level has more lanes.
         unsafe {
             Convert::<S, f64, f64>::store($z, lanes.as_mut_ptr());

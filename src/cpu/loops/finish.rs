@@ -10,7 +10,7 @@ use super::sums::{splats, starts};
 use super::{each_span, each_strip, each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
-use crate::cpu::vector::{Simd, Vector};
+use crate::cpu::vector::{Simd, Twice, Vector};
 use crate::cpu::view::{Strided, To};
 use crate::fusion::Activation;
 
@@ -58,8 +58,8 @@ const GATE: u8 = 4;
 /// What is not.
 const OTHER: u8 = 5;
 
-/// No level has more lanes.
-const MOST_LANES: usize = 16;
+/// No level has more lanes, nor two vectors of one.
+const MOST_LANES: usize = 32;
 
 impl<B: Copy> Behind<B> {
     pub fn map<C>(&self, f: impl Fn(B) -> C) -> Behind<C> {
@@ -147,19 +147,20 @@ pub(super) fn finish<S: Simd, T: Element>(
     mut y: To<T>,
     behind: Behind<Strided<T>>,
 ) {
-    let (w, n) = (V::<S, T>::W, z.n);
+    let s = Twice(s);
+    let (w, n) = (V::<Twice<S>, T>::W, z.n);
     assert!(y.n == n && y.rows == z.rows);
     behind.assert_fits(z.rows, n);
     for r in 0..z.rows {
-        let (p, row, mut strips) = (z.row(r), behind.row(r), y.strips::<S>(r));
+        let (p, row, mut strips) = (z.row(r), behind.row(r), y.strips::<Twice<S>>(r));
         each_strip!(s, strips, |to, strip| {
             let mut at = strip.start;
             while at < strip.end {
                 let k = w.min(strip.end - at);
                 // SAFETY: all places are below `n`, which all have, and of the strip.
                 unsafe {
-                    let z = get::<S, T::Acc>(s, p.add(at), k);
-                    put::<S, T>(row.of::<S, OTHER>(s, z, at, k), to.wrapping_add(at), k);
+                    let z = get::<Twice<S>, T::Acc>(s, p.add(at), k);
+                    put::<Twice<S>, T>(row.of::<Twice<S>, OTHER>(s, z, at, k), to.wrapping_add(at), k);
                 }
                 at += k;
             }
@@ -193,8 +194,8 @@ fn of_any<S: Simd, T: Stored>(
         SKIP => of_kind::<S, T, SKIP>(s, x, y, line, behind),
         RELU => of_kind::<S, T, RELU>(s, x, y, line, behind),
         SKIP_RELU => of_kind::<S, T, SKIP_RELU>(s, x, y, line, behind),
-        SILU => of_kind::<S, T, SILU>(s, x, y, line, behind),
-        GATE => of_kind::<S, T, GATE>(s, x, y, line, behind),
+        SILU => of_kind::<Twice<S>, T, SILU>(Twice(s), x, y, line, behind),
+        GATE => of_kind::<Twice<S>, T, GATE>(Twice(s), x, y, line, behind),
         _ => unreachable!("no kind of what is in registers"),
     }
 }

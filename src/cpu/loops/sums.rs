@@ -279,13 +279,30 @@ pub(super) fn run_sums<S: Simd, T: Element>(
                 let (p, lanes) = (x.row(r).add(i * run), lanes.as_mut_ptr().add(i * w));
                 let mut sum = T::Acc::load(s, lanes);
                 match squares {
-                    true => each_vector!(w, 0..run, |at, k| {
-                        let d = (get::<S, T>(s, p.add(at), k) - base).keep(k);
-                        sum = d.fma(d, sum);
-                    }),
-                    false => each_vector!(w, 0..run, |at, k| {
-                        sum = sum + (get::<S, T>(s, p.add(at), k) - base).keep(k);
-                    }),
+                    true => pairwise!(
+                        w,
+                        0..run,
+                        |at| {
+                            let [a, b] = T::load_pair(s, p.add(at));
+                            let (a, b) = (a - base, b - base);
+                            sum = b.fma(b, a.fma(a, sum));
+                        },
+                        |at, k| {
+                            let d = (get::<S, T>(s, p.add(at), k) - base).keep(k);
+                            sum = d.fma(d, sum);
+                        }
+                    ),
+                    false => pairwise!(
+                        w,
+                        0..run,
+                        |at| {
+                            let [a, b] = T::load_pair(s, p.add(at));
+                            sum = sum + ((a - base) + (b - base));
+                        },
+                        |at, k| {
+                            sum = sum + (get::<S, T>(s, p.add(at), k) - base).keep(k);
+                        }
+                    ),
                 }
                 T::Acc::store(sum, lanes);
             }
@@ -438,11 +455,20 @@ pub(super) fn span_dots<S: Simd, T: Element>(
                 let (x, dy) = (x.row(r).add(i * span), dy.row(r).add(i * span));
                 let lanes = [g.as_mut_ptr().add(i * w), gx.as_mut_ptr().add(i * w)];
                 let (mut g, mut gx) = (T::Acc::load(s, lanes[0]), T::Acc::load(s, lanes[1]));
-                each_vector!(w, 0..span, |at, k| {
-                    let dy = get::<S, T>(s, dy.add(at), k);
-                    g = g + dy;
-                    gx = dy.fma((get::<S, T>(s, x.add(at), k) - high).keep(k), gx);
-                });
+                pairwise!(
+                    w,
+                    0..span,
+                    |at| {
+                        let ([xa, xb], [a, b]) = (T::load_pair(s, x.add(at)), T::load_pair(s, dy.add(at)));
+                        g = g + (a + b);
+                        gx = b.fma(xb - high, a.fma(xa - high, gx));
+                    },
+                    |at, k| {
+                        let dy = get::<S, T>(s, dy.add(at), k);
+                        g = g + dy;
+                        gx = dy.fma((get::<S, T>(s, x.add(at), k) - high).keep(k), gx);
+                    }
+                );
                 T::Acc::store(g, lanes[0]);
                 T::Acc::store(gx, lanes[1]);
             }

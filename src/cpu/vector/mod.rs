@@ -6,10 +6,12 @@
 #![allow(unsafe_code)]
 
 mod portable;
+mod twice;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 pub(super) use portable::Portable;
+pub(super) use twice::Twice;
 #[cfg(target_arch = "x86_64")]
 pub(super) use x86::{Avx2, Avx512};
 
@@ -25,6 +27,9 @@ pub(super) trait Simd: Copy + 'static {
     /// Whether what stands behind a norm is done in registers where it can be. Elsewhere it takes a tile of scratch:
     /// slower, and an eighth of all machine code less.
     const FINISHES_IN_REGISTERS: bool;
+
+    /// Whether `fma` rounds once.
+    const FMA: bool;
 
     /// Whether it has stores past the caches.
     const STREAMS: bool;
@@ -48,7 +53,7 @@ pub(super) trait Vector<S, A>:
 
     fn splat(s: S, x: A) -> Self;
 
-    /// `self * b + c`; rounded once where the level has an instruction for that.
+    /// `self * b + c`; rounded once where the level has an instruction for that (`Simd::FMA`).
     fn fma(self, b: Self, c: Self) -> Self;
 
     /// The sum of all lanes, in an order of halves.

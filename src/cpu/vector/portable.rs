@@ -7,9 +7,6 @@ use super::{Convert, Functions, Simd, Vector};
 use crate::cpu::scalar::Number;
 use std::ops::{Add, Mul, Sub};
 
-/// aarch64 has fused multiply-add in its baseline; x86-64 would call a library function for it.
-const FMA: bool = cfg!(target_arch = "aarch64");
-
 /// What the target guarantees.
 #[derive(Clone, Copy)]
 pub(in crate::cpu) struct Portable;
@@ -20,6 +17,8 @@ impl Simd for Portable {
 
     /// On x86-64 few machines come this low.
     const FINISHES_IN_REGISTERS: bool = cfg!(not(target_arch = "x86_64"));
+    /// aarch64 has fused multiply-add in its baseline; x86-64 would call a library function for it.
+    const FMA: bool = cfg!(target_arch = "aarch64");
     const STREAMS: bool = false;
 
     #[inline(always)]
@@ -52,7 +51,7 @@ macro_rules! lanes {
 
             #[inline(always)]
             fn fma(self, b: Self, c: Self) -> Self {
-                match FMA {
+                match Portable::FMA {
                     true => Lanes([$(self.0[$l].mul_add(b.0[$l], c.0[$l])),*]),
                     false => self * b + c,
                 }

@@ -30,6 +30,7 @@ macro_rules! level {
             type F64 = $f64;
 
             const FINISHES_IN_REGISTERS: bool = true;
+            const FMA: bool = true;
             const STREAMS: bool = true;
 
             #[inline(always)]
