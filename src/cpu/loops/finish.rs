@@ -55,8 +55,14 @@ const RELU: u8 = 1;
 const SKIP_RELU: u8 = 2;
 const SILU: u8 = 3;
 const GATE: u8 = 4;
+const GELU: u8 = 5;
 /// What is not.
-const OTHER: u8 = 5;
+const OTHER: u8 = 6;
+
+/// Whether activations take two vectors at a time: where they are in vectors, and a machine can be expected to be.
+pub(super) const fn by_two<S: Simd, A>() -> bool {
+    S::FINISHES_IN_REGISTERS && size_of::<A>() == size_of::<f32>()
+}
 
 /// No level has more lanes, nor two vectors of one.
 const MOST_LANES: usize = 32;
@@ -72,6 +78,7 @@ impl<B: Copy> Behind<B> {
             (None, Some(Activation::Relu), None) => RELU,
             (Some(_), Some(Activation::Relu), None) => SKIP_RELU,
             (None, Some(Activation::Silu), None) => SILU,
+            (None, Some(Activation::Gelu), None) => GELU,
             (None, None, Some(_)) => GATE,
             _ => OTHER,
         }
@@ -125,6 +132,8 @@ impl<T: Element> Behind<*const T> {
         let z = match (KIND, self.activation) {
             (RELU | SKIP_RELU, _) => T::Acc::value(s, Activation::Relu, z),
             (SILU, _) => T::Acc::value(s, Activation::Silu, z),
+            (GELU, _) if size_of::<T>() == 2 => T::Acc::rough_value(s, Activation::Gelu, z),
+            (GELU, _) => T::Acc::value(s, Activation::Gelu, z),
             (OTHER, Some(activation)) if size_of::<T>() == 2 => T::Acc::rough_value(s, activation, z),
             (OTHER, Some(activation)) => T::Acc::value(s, activation, z),
             _ => z,
@@ -141,26 +150,28 @@ impl<T: Element> Behind<*const T> {
 }
 
 #[inline(always)]
-pub(super) fn finish<S: Simd, T: Element>(
-    s: S,
-    z: Strided<T::Acc>,
-    mut y: To<T>,
-    behind: Behind<Strided<T>>,
-) {
-    let s = Twice(s);
-    let (w, n) = (V::<Twice<S>, T>::W, z.n);
+pub(super) fn finish<S: Simd, T: Element>(s: S, z: Strided<T::Acc>, y: To<T>, behind: Behind<Strided<T>>) {
+    if const { by_two::<S, T::Acc>() } {
+        return finished::<Twice<S>, T>(Twice(s), z, y, behind);
+    }
+    finished::<S, T>(s, z, y, behind)
+}
+
+#[inline(always)]
+fn finished<S: Simd, T: Element>(s: S, z: Strided<T::Acc>, mut y: To<T>, behind: Behind<Strided<T>>) {
+    let (w, n) = (V::<S, T>::W, z.n);
     assert!(y.n == n && y.rows == z.rows);
     behind.assert_fits(z.rows, n);
     for r in 0..z.rows {
-        let (p, row, mut strips) = (z.row(r), behind.row(r), y.strips::<Twice<S>>(r));
+        let (p, row, mut strips) = (z.row(r), behind.row(r), y.strips::<S>(r));
         each_strip!(s, strips, |to, strip| {
             let mut at = strip.start;
             while at < strip.end {
                 let k = w.min(strip.end - at);
                 // SAFETY: all places are below `n`, which all have, and of the strip.
                 unsafe {
-                    let z = get::<Twice<S>, T::Acc>(s, p.add(at), k);
-                    put::<Twice<S>, T>(row.of::<Twice<S>, OTHER>(s, z, at, k), to.wrapping_add(at), k);
+                    let z = get::<S, T::Acc>(s, p.add(at), k);
+                    put::<S, T>(row.of::<S, OTHER>(s, z, at, k), to.wrapping_add(at), k);
                 }
                 at += k;
             }
@@ -176,7 +187,7 @@ pub(super) fn finish_line<S: Simd, T: Stored>(
     line: &Line<T::Acc>,
     behind: Behind<Strided<T>>,
 ) {
-    if const { S::FINISHES_IN_REGISTERS && size_of::<T::Acc>() == size_of::<f32>() } {
+    if const { by_two::<S, T::Acc>() } {
         return of_any::<S, T>(s, x, y, line, behind);
     }
     unreachable!("finished in registers where there is nothing that does")
@@ -195,6 +206,7 @@ fn of_any<S: Simd, T: Stored>(
         RELU => of_kind::<S, T, RELU>(s, x, y, line, behind),
         SKIP_RELU => of_kind::<S, T, SKIP_RELU>(s, x, y, line, behind),
         SILU => of_kind::<Twice<S>, T, SILU>(Twice(s), x, y, line, behind),
+        GELU => of_kind::<Twice<S>, T, GELU>(Twice(s), x, y, line, behind),
         GATE => of_kind::<Twice<S>, T, GATE>(Twice(s), x, y, line, behind),
         _ => unreachable!("no kind of what is in registers"),
     }
