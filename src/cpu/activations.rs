@@ -5,7 +5,7 @@
 
 #![allow(clippy::excessive_precision, unsafe_code)]
 
-use super::vector::{Convert, Functions, Simd, Vector};
+use super::vector::{Convert, Functions, Simd, Vector, MOST_LANES as LANES};
 use crate::fusion::Activation;
 use candle_core::cpu::erf::erfc_f64;
 
@@ -38,9 +38,6 @@ const MAGIC: f32 = 12_582_912.0 + 256.0 + 127.0;
 /// `ln 2` in two numbers: products of the first and a small integer are exact.
 const LN_2_HIGH: f32 = 0.693_359_375;
 const LN_2_LOW: f32 = -2.121_944_4e-4;
-
-/// No level has more lanes of f32, nor two vectors of one.
-const LANES: usize = 32;
 
 /// A vector's lanes; zero in those that it does not have.
 #[inline(always)]
@@ -92,14 +89,19 @@ fn times_near_sigmoid<S: Simd>(s: S, v: F<S>, x: F<S>, more: Option<F<S>>) -> F<
     v.div(t.fma(minus_pow2, c(s, 1.0) - minus_pow2))
 }
 
+/// `-2^n` and n, of the power of two nearest to `e^-x`.
+#[inline(always)]
+fn power<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
+    let magic = c(s, MAGIC);
+    let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
+    [shifted.exponent(), shifted - magic]
+}
+
 /// `-2^n` and r, of which `2^n e^-r` is `e^-x`.
 #[inline(always)]
 fn power_and_rest<S: Simd>(s: S, x: F<S>) -> [F<S>; 2] {
-    let magic = c(s, MAGIC);
-    let shifted = x.fma(c(s, -std::f32::consts::LOG2_E), magic);
-    let n = shifted - magic;
-    let r = n.fma(c(s, LN_2_HIGH), x);
-    [shifted.exponent(), n.fma(c(s, LN_2_LOW), r)]
+    let [minus_pow2, n] = power(s, x);
+    [minus_pow2, n.fma(c(s, LN_2_LOW), n.fma(c(s, LN_2_HIGH), x))]
 }
 
 /// `1 - e^-r`.
@@ -196,12 +198,24 @@ const GELU_TAIL: [f64; 12] = [
 macro_rules! gelu_tail {
     ($s:expr, $d:expr, $k:ident) => {{
         let (d, square) = ($d, $d * $d);
-        let k = |i: usize| $k($s, GELU_TAIL[i] as _);
-        let first = k(4).fma(d, k(3)).fma(square, k(2).fma(d, k(1)));
-        let second = k(8).fma(d, k(7)).fma(square, k(6).fma(d, k(5)));
-        let third = k(11).fma(square, k(10).fma(d, k(9)));
+        let mut k = [d; GELU_TAIL.len()];
+        for i in 0..k.len() {
+            k[i] = $k($s, GELU_TAIL[i] as _);
+        }
+        let first = k[4].fma(d, k[3]).fma(square, k[2].fma(d, k[1]));
+        let second = k[8].fma(d, k[7]).fma(square, k[6].fma(d, k[5]));
+        let third = k[11].fma(square, k[10].fma(d, k[9]));
         let fourth = square * square;
         third.fma(fourth, second).fma(fourth, first)
+    }};
+}
+
+/// `-ln(erfc(a / sqrt(2)))`, in one number as `$k` makes them.
+macro_rules! gelu_exponent {
+    ($s:expr, $a:expr, $k:ident) => {{
+        let a = $a;
+        let d = a - $k($s, GELU_CENTRE as _);
+        gelu_tail!($s, d, $k).fma(d, a.fma($k($s, 0.5), $k($s, GELU_TAIL[0] as _))) * a
     }};
 }
 
@@ -231,22 +245,19 @@ fn times_tail_in_two<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
     let line_lost = a.fma(slope_lost, a.fma(slope, zero - line));
     let lost = half.fma(a, zero - square) + line_lost;
     // The exponent is square + line + lost, all positive but the last.
-    let magic = c(s, MAGIC);
-    let shifted = (square + line).fma(c(s, -std::f32::consts::LOG2_E), magic);
-    let n = shifted - magic;
+    let [minus_pow2, n] = power(s, square + line);
     let rest = n.fma(c(s, LN_2_HIGH), square) + line;
     let more = n.fma(c(s, LN_2_LOW), lost);
     let r = rest + more;
     let lost = (r * r).fma(lost_beyond_line(s, r), more) + rest;
-    times_half_power(s, v, [shifted.exponent(), lost])
+    times_half_power(s, v, [minus_pow2, lost])
 }
 
 #[inline(always)]
 fn times_tail_in_f64<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
     const ROUND: f64 = 6_755_399_441_055_744.0;
     let [n, r] = in_f64!(s, a, |a| {
-        let from_centre = a - d(s, GELU_CENTRE as f64);
-        let x = gelu_tail!(s, from_centre, d).fma(from_centre, a.fma(d(s, 0.5), d(s, GELU_TAIL[0]))) * a;
+        let x = gelu_exponent!(s, a, d);
         let n = x.fma(d(s, -std::f64::consts::LOG2_E), d(s, ROUND)) - d(s, ROUND);
         [n, n.fma(d(s, std::f64::consts::LN_2), x)]
     });
@@ -257,9 +268,7 @@ fn times_tail_in_f64<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
 /// The same all in f32, off by 2^-18 of itself: what is rounded to 16 bits next hardly shows it.
 #[inline(always)]
 fn times_rough_tail<S: Simd>(s: S, v: F<S>, a: F<S>) -> F<S> {
-    let d = a - c(s, GELU_CENTRE);
-    let slope = gelu_tail!(s, d, c).fma(d, a.fma(c(s, 0.5), c(s, GELU_TAIL[0] as f32)));
-    let [minus_pow2, r] = power_and_rest(s, slope * a);
+    let [minus_pow2, r] = power_and_rest(s, gelu_exponent!(s, a, c));
     times_half_power(s, v, [minus_pow2, lost_to_power(s, r)])
 }
 
@@ -394,7 +403,7 @@ pub(super) fn slope<S: Simd>(s: S, activation: Activation, z: F<S>) -> F<S> {
 /// `f` of each lane of a vector of f64.
 macro_rules! by_lane_f64 {
     ($s:expr, $z:expr, $f:expr) => {{
-        let mut lanes = [0f64; 16];
+        let mut lanes = [0f64; LANES / 2];
         // SAFETY: no level has more lanes.
         unsafe {
             Convert::<S, f64, f64>::store($z, lanes.as_mut_ptr());

@@ -10,7 +10,7 @@ use super::sums::{splats, starts};
 use super::{each_span, each_strip, each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
-use crate::cpu::vector::{Simd, Twice, Vector};
+use crate::cpu::vector::{Simd, Twice, Vector, MOST_LANES};
 use crate::cpu::view::{Strided, To};
 use crate::fusion::Activation;
 
@@ -59,13 +59,24 @@ const GELU: u8 = 5;
 /// What is not.
 const OTHER: u8 = 6;
 
-/// Whether activations take two vectors at a time: where they are in vectors, and a machine can be expected to be.
-pub(super) const fn by_two<S: Simd, A>() -> bool {
+/// Whether what stands around a norm is worth more code at a level, for what is computed with in `A`: it is done in registers,
+/// and activations take two vectors at a time.
+pub(super) const fn worth_code<S: Simd, A>() -> bool {
     S::FINISHES_IN_REGISTERS && size_of::<A>() == size_of::<f32>()
 }
 
-/// No level has more lanes, nor two vectors of one.
-const MOST_LANES: usize = 32;
+/// `$call` at a level of twice `$s`'s vectors, where that is worth its code.
+macro_rules! by_two {
+    ($S:ty, $A:ty, |$s:ident| $call:expr) => {
+        if const { worth_code::<$S, $A>() } {
+            let $s = Twice($s);
+            $call
+        } else {
+            $call
+        }
+    };
+}
+pub(super) use by_two;
 
 impl<B: Copy> Behind<B> {
     pub fn map<C>(&self, f: impl Fn(B) -> C) -> Behind<C> {
@@ -114,6 +125,15 @@ impl<T: Element> Behind<Strided<'_, T>> {
     }
 }
 
+/// `activation(z)`, as exact as it can be seen in `T`.
+#[inline(always)]
+fn value_for<S: Simd, T: Element>(s: S, activation: Activation, z: V<S, T>) -> V<S, T> {
+    match size_of::<T>() == 2 {
+        true => T::Acc::rough_value(s, activation, z),
+        false => T::Acc::value(s, activation, z),
+    }
+}
+
 impl<T: Element> Behind<*const T> {
     /// What becomes of z, which is of `k` elements from `at` on.
     ///
@@ -132,10 +152,8 @@ impl<T: Element> Behind<*const T> {
         let z = match (KIND, self.activation) {
             (RELU | SKIP_RELU, _) => T::Acc::value(s, Activation::Relu, z),
             (SILU, _) => T::Acc::value(s, Activation::Silu, z),
-            (GELU, _) if size_of::<T>() == 2 => T::Acc::rough_value(s, Activation::Gelu, z),
-            (GELU, _) => T::Acc::value(s, Activation::Gelu, z),
-            (OTHER, Some(activation)) if size_of::<T>() == 2 => T::Acc::rough_value(s, activation, z),
-            (OTHER, Some(activation)) => T::Acc::value(s, activation, z),
+            (GELU, _) => value_for::<S, T>(s, Activation::Gelu, z),
+            (OTHER, Some(activation)) => value_for::<S, T>(s, activation, z),
             _ => z,
         };
         match (KIND, self.gate) {
@@ -151,10 +169,7 @@ impl<T: Element> Behind<*const T> {
 
 #[inline(always)]
 pub(super) fn finish<S: Simd, T: Element>(s: S, z: Strided<T::Acc>, y: To<T>, behind: Behind<Strided<T>>) {
-    if const { by_two::<S, T::Acc>() } {
-        return finished::<Twice<S>, T>(Twice(s), z, y, behind);
-    }
-    finished::<S, T>(s, z, y, behind)
+    by_two!(S, T::Acc, |s| finished::<_, T>(s, z, y, behind))
 }
 
 #[inline(always)]
@@ -187,7 +202,7 @@ pub(super) fn finish_line<S: Simd, T: Stored>(
     line: &Line<T::Acc>,
     behind: Behind<Strided<T>>,
 ) {
-    if const { by_two::<S, T::Acc>() } {
+    if const { worth_code::<S, T::Acc>() } {
         return of_any::<S, T>(s, x, y, line, behind);
     }
     unreachable!("finished in registers where there is nothing that does")

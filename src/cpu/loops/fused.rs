@@ -4,7 +4,7 @@
 //! exponential, and are code that is compiled once, not for each.
 #![allow(unsafe_code)]
 
-use super::finish::by_two;
+use super::finish::{by_two, worth_code};
 use super::{get, put};
 use crate::cpu::element::{Float, V};
 use crate::cpu::vector::{Simd, Twice, Vector};
@@ -42,11 +42,7 @@ pub(super) fn add<S: Simd, T: Float>(s: S, z: &mut [T], b: &[T]) {
 
 #[inline(always)]
 pub(super) fn slope<S: Simd, T: Float>(s: S, z: &[T], activation: Activation, dy: &mut [T]) {
-    if const { by_two::<S, T>() } {
-        slopes(Twice(s), z, activation, dy)
-    } else {
-        slopes(s, z, activation, dy)
-    }
+    by_two!(S, T, |s| slopes(s, z, activation, dy))
 }
 
 #[inline(always)]
@@ -56,11 +52,7 @@ fn slopes<S: Simd, T: Float>(s: S, z: &[T], activation: Activation, dy: &mut [T]
 
 #[inline(always)]
 pub(super) fn gate_gradient<S: Simd, T: Float>(s: S, z: &mut [T], gate: &[T], dy: &mut [T]) {
-    if const { by_two::<S, T>() } {
-        gate_gradients(Twice(s), z, gate, dy)
-    } else {
-        gate_gradients(s, z, gate, dy)
-    }
+    by_two!(S, T, |s| gate_gradients(s, z, gate, dy))
 }
 
 #[inline(always)]

@@ -18,6 +18,9 @@ pub(super) use x86::{Avx2, Avx512};
 use half::{bf16, f16};
 use std::ops::{Add, Mul, Sub};
 
+/// No level has more lanes of f32, nor two vectors of one (`Twice`), nor half as many of f64.
+pub(super) const MOST_LANES: usize = 32;
+
 /// The vectors of a level. A value proves that this machine has the level's instructions, and every
 /// vector is made from one: `Level` alone makes those of levels that a machine may lack.
 pub(super) trait Simd: Copy + 'static {

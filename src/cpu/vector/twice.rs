@@ -49,7 +49,7 @@ operator!(Add, add);
 operator!(Sub, sub);
 operator!(Mul, mul);
 
-impl<S: Simd, A: Copy + Add<Output = A>, V: Vector<S, A>> Vector<Twice<S>, A> for Two<V> {
+impl<S: Simd, A: Copy, V: Vector<S, A>> Vector<Twice<S>, A> for Two<V> {
     const W: usize = 2 * V::W;
 
     #[inline(always)]
@@ -101,9 +101,7 @@ impl<S: Simd, V: Functions<S>> Functions<Twice<S>> for Two<V> {
 }
 
 // SAFETY of the blocks below: the caller's, for the elements that the method names.
-impl<S: Simd, T, A: Copy + Add<Output = A>, V: Vector<S, A> + Convert<S, T, A>> Convert<Twice<S>, T, A>
-    for Two<V>
-{
+impl<S: Simd, T, A: Copy, V: Vector<S, A> + Convert<S, T, A>> Convert<Twice<S>, T, A> for Two<V> {
     #[inline(always)]
     unsafe fn load(s: Twice<S>, p: *const T) -> Self {
         // SAFETY: as above.
