@@ -12,6 +12,18 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
+/// Elements that are asked for ahead of what a loop reads of a tensor that no other loop has asked for: a page and more, which
+/// the processor's own prefetching does not cross. Addition and RMS norm of 4096x4096 f32 on two threads of a Zen 4: 10.7 ms
+/// without, 8.1 so; with 256 elements 10.8, with 8192 9.6. As many of short rows that lie pages apart: LayerNorm2d of
+/// 2x256x64x64 f32 on one thread of a Zen 3 2.4 ns an element without, 1.8 so.
+pub(super) const AHEAD: usize = 1024;
+
+/// Rows of `n` elements that are `AHEAD` of them, one at least.
+#[inline(always)]
+fn later(n: usize) -> usize {
+    (AHEAD / n.max(1)).max(1)
+}
+
 /// The same elements, where `W` is `T`.
 pub(super) fn same<T: 'static, W: 'static>(x: &[T]) -> Option<&[W]> {
     // SAFETY: of the same type.
@@ -59,6 +71,13 @@ impl<'a, T: Copy> Strided<'a, T> {
         self.x.as_ptr().wrapping_add(r * self.stride)
     }
 
+    /// Where a row lies that is read later, `AHEAD` elements on: what follows a short row may lie pages away, where the
+    /// processor's own prefetching does not go.
+    #[inline(always)]
+    pub fn ahead(&self, r: usize) -> *const T {
+        self.row(r).wrapping_add(later(self.n) * self.stride)
+    }
+
     /// The first element of row `r`.
     #[inline(always)]
     pub fn first(&self, r: usize) -> T {
@@ -94,6 +113,13 @@ impl<'a, T> To<'a, T> {
     pub fn row(&mut self, r: usize) -> *mut T {
         debug_assert!(r < self.rows);
         self.first.wrapping_add(r * self.stride)
+    }
+
+    /// As `Strided::ahead`, where rows are written through the caches: a store waits for its line.
+    #[inline(always)]
+    pub fn ahead(&mut self, r: usize) -> Option<*const T> {
+        let ahead = self.row(r).wrapping_add(later(self.n) * self.stride);
+        (!self.past).then_some(ahead)
     }
 
     /// Row `r` as loops write it.

@@ -5,13 +5,13 @@
 //! for each as for those would be the larger half of the kernels.
 #![allow(unsafe_code)]
 
-use super::maps::{of_row, AHEAD};
+use super::maps::of_row;
 use super::sums::{splats, starts};
 use super::{each_span, each_strip, each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
 use crate::cpu::vector::{Simd, Twice, Vector, MOST_LANES};
-use crate::cpu::view::{Strided, To};
+use crate::cpu::view::{Strided, To, AHEAD};
 use crate::fusion::Activation;
 
 /// What makes z of x.
