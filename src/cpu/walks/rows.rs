@@ -3,7 +3,7 @@
 //!
 //! Apart from walks by set, because one set's runs lie far from each other.
 
-use super::spans;
+use super::spans::{self, SpanSums};
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom};
 use crate::cpu::element::{Float, PANEL};
@@ -115,8 +115,10 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
         };
         let set = |p| set_of(g, &part, p, span);
         let sums = summed.then(|| {
-            let high: Vec<_> = params.clone().map(|p| input.stats.of(set(p)).high).collect();
-            spans::sums(&input, &part, run, &high)
+            let mut sums = SpanSums::new();
+            sums.high.extend(params.clone().map(|p| input.stats.of(set(p)).high));
+            sums.of(&input, &part, run);
+            sums.all
         });
         let mut constants = Vec::with_capacity(params.len());
         for (i, p) in params.enumerate() {

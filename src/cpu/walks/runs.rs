@@ -3,7 +3,8 @@
 //! Short ones are taken some at a time: else the latency of a set's last sums, of its root and its division would
 //! be longer than the work on its elements.
 
-use super::{sets, spans};
+use super::sets;
+use super::spans::{self, SpanSums};
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, MeansFrom};
 use crate::cpu::element::Float;
@@ -92,6 +93,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let step = step::<T>(n, ABREAST);
     let abreast = short && matches!(k.means, MeansFrom::Tile);
     let (weight, _, parted) = input.affine.columns();
+    let mut spans = SpanSums::new();
     let mut gradients = [InputGradient::ZERO; MOST];
     let mut constants = [[T::Acc::ZERO; 4]; MOST];
     for set in sets.clone().step_by(step) {
@@ -104,7 +106,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
         }
         for i in 0..x.rows {
             if !abreast {
-                gradients[i] = sets::gradient(&mut k, &part(g, set + i));
+                gradients[i] = sets::gradient(&mut k, &part(g, set + i), &mut spans);
             }
             constants[i] = gradients[i].with_scale(gradients[i].rstd);
             if let (Some(dx), false) = (&mut k.dx, short) {

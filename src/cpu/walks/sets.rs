@@ -5,7 +5,7 @@
 //! y = (x - high) * (rstd * weight) + (bias - low * rstd * weight)        mean = high + low
 //! ```
 
-use super::spans;
+use super::spans::{self, SpanSums};
 use crate::cpu::affine::Form;
 use crate::cpu::backward_formula::{InputGradient, Means, MeansFrom, ParamSums, Sums};
 use crate::cpu::loops::{Line, Walked};
@@ -51,13 +51,19 @@ fn normalize<T: Walked>(k: &mut ForwardArgs<T>, part: &Part, stat: Stat<T::Acc>)
 }
 
 pub(super) fn sums<T: Walked>(mut k: SumsArgs<T>) {
+    let mut spans = SpanSums::new();
     for (part, out) in parts(k.input.g, k.input.tile).zip(k.sums) {
-        *out = weighted_sums(&k.input, &part, &mut k.params);
+        *out = weighted_sums(&k.input, &part, &mut k.params, &mut spans);
     }
 }
 
 /// Sums of a part of `g` and `g * (x - high)`; adds to the parameters' what belongs to them.
-fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<ParamSums<T::Acc>>) -> Sums {
+fn weighted_sums<T: Walked>(
+    input: &Input<T>,
+    part: &Part,
+    params: &mut Option<ParamSums<T::Acc>>,
+    spans: &mut SpanSums<T::Acc>,
+) -> Sums {
     use crate::cpu::element::Float;
     let (stat, rstd) = input.stat(part.set);
     let Form::PerSpan(span) = input.affine.form else {
@@ -74,30 +80,35 @@ fn weighted_sums<T: Walked>(input: &Input<T>, part: &Part, params: &mut Option<P
             spans::add(params, p - first, span, stat, rstd);
         }
     };
-    // Many small sets, as instance norm has: nothing is allocated for each. Not in `spans::sums`, where it would depend on
-    // the sets beside.
+    // As many small sets have it, of instance norm. Not in `SpanSums`, where it would depend on the sets beside.
     if own.len() == 1 {
         add(own.start, spans::dots(input, part, None, stat.high));
         return sums;
     }
-    let high = vec![stat.high; own.len()];
-    own.zip(spans::sums(input, part, run, &high)).for_each(|(p, span)| add(p, span));
+    spans.high.clear();
+    spans.high.resize(own.len(), stat.high);
+    spans.of(input, part, run);
+    own.zip(&spans.all).for_each(|(p, span)| add(p, *span));
     sums
 }
 
 /// What makes dx of a set; adds to the parameters' sums where they are by span.
-pub(super) fn gradient<T: Walked>(k: &mut BackwardArgs<T>, part: &Part) -> InputGradient<T::Acc> {
+pub(super) fn gradient<T: Walked>(
+    k: &mut BackwardArgs<T>,
+    part: &Part,
+    spans: &mut SpanSums<T::Acc>,
+) -> InputGradient<T::Acc> {
     let (stat, rstd) = k.input.stat(part.set);
     // Sums by column are made later, along with dx.
-    let spans = k.input.affine.form != Form::PerColumn;
+    let by_span = k.input.affine.form != Form::PerColumn;
     let means = match k.means {
         MeansFrom::Given(means) => means[part.set],
-        MeansFrom::Fixed if !spans || k.params.is_none() => Means::ZERO,
+        MeansFrom::Fixed if !by_span || k.params.is_none() => Means::ZERO,
         MeansFrom::Fixed => {
-            weighted_sums(&k.input, part, &mut k.params);
+            weighted_sums(&k.input, part, &mut k.params, spans);
             Means::ZERO
         }
-        MeansFrom::Tile => k.input.means(weighted_sums(&k.input, part, &mut k.params), stat, rstd),
+        MeansFrom::Tile => k.input.means(weighted_sums(&k.input, part, &mut k.params, spans), stat, rstd),
     };
     InputGradient::of(stat, rstd, means)
 }
@@ -105,9 +116,9 @@ pub(super) fn gradient<T: Walked>(k: &mut BackwardArgs<T>, part: &Part) -> Input
 pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
     let input = k.input;
     let (g, affine, loops) = (input.g, input.affine, input.loops);
-    let mut constants = vec![];
+    let (mut constants, mut spans) = (vec![], SpanSums::new());
     for part in parts(g, input.tile) {
-        let gradient = gradient(&mut k, &part);
+        let gradient = gradient(&mut k, &part, &mut spans);
         let (x, dy) = (part.block(&input.x), part.block(&input.dy));
         if let Form::PerSpan(span) = affine.form {
             let Some(dx) = &mut k.dx else { continue };

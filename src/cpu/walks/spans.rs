@@ -20,33 +20,51 @@ pub(super) fn constants<A: Float>(affine: &Affine<A>, p: usize, stat: Stat<A>, r
     [stat.high, scale, bias - stat.low * scale]
 }
 
-/// Sums of `dy` and of `dy * (x - high)` of every span of a part.
-pub(super) fn sums<T: Walked>(input: &Input<T>, part: &Part, run: usize, high: &[T::Acc]) -> Vec<Sums> {
-    let (loops, spans) = (input.loops, high.len());
-    let mut all = vec![Sums::default(); spans];
-    if run > SHORT_SPAN {
-        for (i, all) in all.iter_mut().enumerate() {
-            let columns = part.columns.start + i * run..part.columns.start + (i + 1) * run;
-            *all = dots(input, &Part { columns, ..part.clone() }, None, high[i]);
+/// Sums of spans, and what they are made in: kept from set to set, of which a small one would take less time than the memory.
+pub(super) struct SpanSums<A> {
+    /// Of `dy` and of `dy * (x - high)` of every span of a part.
+    pub all: Vec<Sums>,
+    /// Of every span.
+    pub high: Vec<A>,
+    lanes: [Vec<A>; 2],
+    sums: Vec<A>,
+}
+
+impl<A: Float> SpanSums<A> {
+    pub fn new() -> Self {
+        SpanSums { all: vec![], high: vec![], lanes: [vec![], vec![]], sums: vec![] }
+    }
+
+    /// Makes those of a part, whose spans have `run` columns of it and the highs that stand here.
+    pub fn of<T: Walked<Acc = A>>(&mut self, input: &Input<T>, part: &Part, run: usize) {
+        let SpanSums { all, high, lanes: [g, gx], sums } = self;
+        let (loops, spans) = (input.loops, high.len());
+        all.clear();
+        if run > SHORT_SPAN {
+            all.extend(high.iter().enumerate().map(|(i, high)| {
+                let columns = part.columns.start + i * run..part.columns.start + (i + 1) * run;
+                dots(input, &Part { columns, ..part.clone() }, None, *high)
+            }));
+            return;
         }
-        return all;
+        all.resize(spans, Sums::default());
+        sums.resize(spans, A::ZERO);
+        // One vector sums here, not four as elsewhere.
+        let step = (PANEL / 4 * loops.width / run).max(1);
+        for start in part.rows.clone().step_by(step) {
+            let rows = start..(start + step).min(part.rows.end);
+            let panel = Part { rows, ..part.clone() };
+            for lanes in [&mut *g, &mut *gx] {
+                lanes.clear();
+                lanes.resize(spans * loops.width, A::ZERO);
+            }
+            loops.span_dots(panel.block(&input.x), panel.block(&input.dy), run, high, g, gx);
+            loops.fold(g, sums);
+            all.iter_mut().zip(&*sums).for_each(|(all, sum)| all.g += sum.to64());
+            loops.fold(gx, sums);
+            all.iter_mut().zip(&*sums).for_each(|(all, sum)| all.gx += sum.to64());
+        }
     }
-    let zeros = || vec![T::Acc::ZERO; spans * loops.width];
-    let (mut g, mut gx, mut sums) = (zeros(), zeros(), vec![T::Acc::ZERO; spans]);
-    // One vector sums here, not four as elsewhere.
-    let step = (PANEL / 4 * loops.width / run).max(1);
-    for start in part.rows.clone().step_by(step) {
-        let rows = start..(start + step).min(part.rows.end);
-        let panel = Part { rows, ..part.clone() };
-        g.fill(T::Acc::ZERO);
-        gx.fill(T::Acc::ZERO);
-        loops.span_dots(panel.block(&input.x), panel.block(&input.dy), run, high, &mut g, &mut gx);
-        loops.fold(&g, &mut sums);
-        all.iter_mut().zip(&sums).for_each(|(all, sum)| all.g += sum.to64());
-        loops.fold(&gx, &mut sums);
-        all.iter_mut().zip(&sums).for_each(|(all, sum)| all.gx += sum.to64());
-    }
-    all
 }
 
 /// Sums of a part, with `weight` by column.
