@@ -3,13 +3,19 @@
 #
 #     ci/arm.sh            # or words that cargo test takes: ci/arm.sh precision
 #
-# Needs rustup, and on another machine qemu-user and a cross compiler (Debian: qemu-user g++-aarch64-linux-gnu).
+# Needs on another machine qemu-user and a cross compiler (Debian: qemu-user g++-aarch64-linux-gnu), and the standard
+# library for AArch64: rustup's, or else one that is built from the sources of this very Rust, in lib/rustlib/src/rust
+# below `rustc --print sysroot`: rustup's rust-src, or usr/src/rustc-VERSION of Debian's package of that name.
 # Right or wrong is what it says; nothing about time.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 target=aarch64-unknown-linux-gnu
+std=()
 if [ "$(uname -m)" != aarch64 ]; then
-    rustup target add $target
+    if ! rustup target add $target; then
+        export RUSTC_BOOTSTRAP=1
+        std=(-Zbuild-std)
+    fi
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     # Of tests that start processes of their own, too.
     export CANDLE_NORM_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
@@ -19,4 +25,4 @@ fi
 # A build folder of its own: dependencies are built for this machine and that one.
 export CARGO_TARGET_DIR=$PWD/target/arm PROPTEST_CASES=${PROPTEST_CASES:-16}
 # Time is not what is tested under an emulator.
-cargo test --target $target --lib --test suite -- "$@"
+cargo test "${std[@]}" --target $target --lib --test suite -- "$@"

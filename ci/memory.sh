@@ -9,8 +9,9 @@
 #     ci/memory.sh miri         # Miri over the kernels of the scalar level and small calls with gradients
 #
 # What follows the mode goes to the test programs: `ci/memory.sh address distributed::`. Valgrind takes those of
-# stable Rust. The others want a nightly (with rust-src, and miri for Miri), and a build of all dependencies of
-# their own, in target/memory.
+# stable Rust. The others want a nightly (with rust-src for ThreadSanitizer, and miri for Miri), and a build of all
+# dependencies of their own, in target/memory. Where the sources are those of stable Rust (`ci/arm.sh` says what may bring
+# them), ThreadSanitizer takes that.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # A tenth of the random cases: valgrind is 30 times slower, and every case takes the same paths.
@@ -55,7 +56,7 @@ sanitized() {
     shift
     # Leaks: rayon's pool and statics live until the end.
     export RUSTFLAGS="-Zsanitizer=$tool" ASAN_OPTIONS=detect_leaks=0 TSAN_OPTIONS=halt_on_error=1
-    CARGO_TARGET_DIR=target/memory/$tool cargo +nightly test --target $target --lib --test suite "$@"
+    CARGO_TARGET_DIR=target/memory/$tool cargo "+${toolchain:-nightly}" test --target $target --lib --test suite "$@"
 }
 
 # Isolation: rayon asks how many CPUs there are. Leaks: its threads live until the end. Provenance and aliasing:
@@ -84,7 +85,13 @@ case "$mode" in
         memcheck "$(program candle_norm --lib --release)" cpu:: "${long[@]/#/--skip=}" "$@"
         ;;
     address) sanitized address -- "$@" ;;
-    thread) sanitized thread -Zbuild-std -- "$@" ;;
+    thread)
+        if [ -e "$(rustc +stable --print sysroot)/lib/rustlib/src/rust/library/Cargo.lock" ]; then
+            toolchain=stable
+            export RUSTC_BOOTSTRAP=1
+        fi
+        sanitized thread -Zbuild-std -- "$@"
+        ;;
     miri) interpreted ;;
     *) sed -n '2,/^set/p' "$0" | grep '^#' >&2; exit 2 ;;
 esac

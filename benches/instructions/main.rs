@@ -48,12 +48,15 @@ const ROWS: [(Op, &[usize], DType); 18] = [
 /// Norms with what stands around them, in f32 and bf16: a row's name, the shapes of x and of the weight, and the call on x, a
 /// second tensor like it and the weight.
 type Fused = fn(&Tensor, &Tensor, &Tensor) -> Result<Tensor>;
-const FUSED: [(&str, &[usize], &[usize], Fused); 7] = [
+const FUSED: [(&str, &[usize], &[usize], Fused); 8] = [
     ("group-norm-silu", &[2, 320, 32, 32], &[320], |x, _, w| {
         fused::group_norm_act(x, 32, Some(w), Some(w), 1e-5, None, Activation::Silu)
     }),
     ("group-norm-gelu", &[2, 320, 32, 32], &[320], |x, _, w| {
         fused::group_norm_act(x, 32, Some(w), Some(w), 1e-5, None, Activation::Gelu)
+    }),
+    ("group-norm-gelu-tanh", &[2, 320, 32, 32], &[320], |x, _, w| {
+        fused::group_norm_act(x, 32, Some(w), Some(w), 1e-5, None, Activation::NewGelu)
     }),
     ("layer-norm-channels", &[2, 256, 32, 32], &[256], |x, _, w| {
         functional::layer_norm_channels(x, Some(w), Some(w), 1e-5)

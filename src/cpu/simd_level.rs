@@ -96,12 +96,11 @@ impl Level {
     }
 
     /// This level's of three.
+    #[cfg(target_arch = "x86_64")]
     pub fn choose<T>(self, [baseline, avx2, avx512]: [T; 3]) -> T {
         match self.0 {
             Instructions::Baseline => baseline,
-            #[cfg(target_arch = "x86_64")]
             Instructions::Avx2 => avx2,
-            #[cfg(target_arch = "x86_64")]
             Instructions::Avx512 => avx512,
         }
     }
