@@ -7,6 +7,7 @@ use crate::geometry::{self, Geometry};
 use crate::request::{Arg, Norm};
 use candle_core::{CpuStorage, Result};
 use std::borrow::Cow;
+use std::ops::Range;
 
 /// Which entry of weight and bias scales an element.
 #[allow(clippy::enum_variant_names)] // a span, not spans
@@ -123,6 +124,13 @@ impl<'a, A: Float> Affine<'a, A> {
     /// `None` only where every column has its own.
     pub fn bias(&self) -> Option<&[A]> {
         self.bias.as_deref()
+    }
+
+    /// Weight and bias of spans.
+    #[inline(always)]
+    pub fn of_spans(&self, spans: Range<usize>) -> [&[A]; 2] {
+        let bias = self.bias().unwrap_or(&[]);
+        [&self.weight[spans.clone()], &bias[spans]]
     }
 
     /// Weight and bias of a span or row.

@@ -299,7 +299,7 @@ impl ColumnSums {
             sums.g += own.g * weight;
             sums.gx += own.gx * weight;
             if let Some(params) = params {
-                super::spans::add(params, p - first, own, stat, rstd);
+                super::spans::add(params, p - first, &[own], stat, rstd);
             }
             c = end;
         }

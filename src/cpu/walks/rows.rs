@@ -54,7 +54,7 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
         let constants: Vec<_> = params
             .map(|p| {
                 let i = set_of(g, &part, p, span) - first;
-                spans::constants(k.affine, p, stats[i], rstd[i])
+                spans::constants(k.affine.at(p), stats[i], rstd[i])
             })
             .collect();
         let line = Line::Spans { span: run, constants: &constants, ahead: k.tile.columns.len() };
@@ -131,7 +131,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
                 _ => Means::ZERO,
             };
             if let (Some(params), Some(sums)) = (&mut k.params, &sums) {
-                spans::add(params, i, sums[i], stat, rstd);
+                spans::add(params, i, &sums[i..=i], stat, rstd);
             }
             let gradient = InputGradient::of(stat, rstd, means);
             constants.push(gradient.with_scale(rstd * weight));

@@ -69,7 +69,7 @@ pub(super) fn forward<T: Walked>(mut k: ForwardArgs<T>) {
                 Form::PerSpan(span) => {
                     let first = (set + i) % g.sets_per_outer() * (n / span);
                     let params = first..first + n / span;
-                    constants.extend(params.map(|p| spans::constants(k.affine, p, *stat, rstd)));
+                    spans::constants_of_set(k.affine, params, *stat, rstd, &mut constants);
                 }
                 _ => constants.push([stat.high, rstd, -(stat.low * rstd)]),
             }

@@ -38,7 +38,8 @@ fn normalize<T: Walked>(k: &mut ForwardArgs<T>, part: &Part, stat: Stat<T::Acc>)
     let to = part.place(k.y.stride());
     if let Form::PerSpan(span) = affine.form {
         let (params, run) = part.spans(span);
-        let constants: Vec<_> = params.map(|p| spans::constants(affine, p, stat, rstd)).collect();
+        let mut constants = vec![];
+        spans::constants_of_set(affine, params, stat, rstd, &mut constants);
         let line = Line::Spans { span: run, constants: &constants, ahead: k.g.run };
         return k.y.write(k.loops, to, x, line);
     }
@@ -71,24 +72,26 @@ fn weighted_sums<T: Walked>(
     };
     let (own, run) = part.spans(span);
     let first = input.tile.columns.start / span;
-    let mut sums = Sums::default();
-    let mut add = |p: usize, span: Sums| {
-        let weight = input.affine.weight[p].to64();
-        sums.g += span.g * weight;
-        sums.gx += span.gx * weight;
-        if let Some(params) = params {
-            spans::add(params, p - first, span, stat, rstd);
+    let weights = &input.affine.weight[own.clone()];
+    // As many small sets have it, of instance norm. Not in `SpanSums`, where it would depend on the sets beside.
+    let one = match own.len() {
+        1 => Some([spans::dots(input, part, None, stat.high)]),
+        _ => {
+            spans.high.clear();
+            spans.high.resize(own.len(), stat.high);
+            spans.of(input, part, run);
+            None
         }
     };
-    // As many small sets have it, of instance norm. Not in `SpanSums`, where it would depend on the sets beside.
-    if own.len() == 1 {
-        add(own.start, spans::dots(input, part, None, stat.high));
-        return sums;
+    let all = one.as_ref().map_or(&spans.all[..], |one| one);
+    let mut sums = Sums::default();
+    for (span, weight) in all.iter().zip(weights) {
+        let weighted = span.times(weight.to64());
+        sums = Sums { g: sums.g + weighted.g, gx: sums.gx + weighted.gx };
     }
-    spans.high.clear();
-    spans.high.resize(own.len(), stat.high);
-    spans.of(input, part, run);
-    own.zip(&spans.all).for_each(|(p, span)| add(p, *span));
+    if let Some(params) = params {
+        spans::add(params, own.start - first, all, stat, rstd);
+    }
     sums
 }
 
@@ -124,7 +127,7 @@ pub(super) fn backward<T: Walked>(mut k: BackwardArgs<T>) {
             let Some(dx) = &mut k.dx else { continue };
             let (params, run) = part.spans(span);
             constants.clear();
-            constants.extend(params.map(|p| gradient.with_scale(gradient.rstd * affine.weight[p])));
+            constants.extend(affine.weight[params].iter().map(|w| gradient.with_scale(gradient.rstd * *w)));
             loops.gradient_spans(x, dy, part.out(dx), run, &constants, g.run);
             continue;
         }

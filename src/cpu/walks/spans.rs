@@ -8,16 +8,29 @@ use crate::cpu::element::{Float, PANEL};
 use crate::cpu::loops::Walked;
 use crate::cpu::moments::Stat;
 use crate::cpu::walk_args::{Input, Part};
+use std::ops::Range;
 
 /// Elements of a span up to which spans are summed side by side, each in one vector.
 const SHORT_SPAN: usize = 512;
 
-/// What the columns of parameter `p` are normalized with.
+/// What the columns of a parameter are normalized with.
 #[inline(always)]
-pub(super) fn constants<A: Float>(affine: &Affine<A>, p: usize, stat: Stat<A>, rstd: A) -> [A; 3] {
-    let [weight, bias] = affine.at(p);
+pub(super) fn constants<A: Float>([weight, bias]: [A; 2], stat: Stat<A>, rstd: A) -> [A; 3] {
     let scale = rstd * weight;
     [stat.high, scale, bias - stat.low * scale]
+}
+
+/// Those of parameters that are one set's.
+#[inline(always)]
+pub(super) fn constants_of_set<A: Float>(
+    affine: &Affine<A>,
+    params: Range<usize>,
+    stat: Stat<A>,
+    rstd: A,
+    to: &mut Vec<[A; 3]>,
+) {
+    let [weight, bias] = affine.of_spans(params);
+    to.extend(weight.iter().zip(bias).map(|(w, b)| constants([*w, *b], stat, rstd)));
 }
 
 /// Sums of spans, and what they are made in: kept from set to set, of which a small one would take less time than the memory.
@@ -85,8 +98,12 @@ pub(super) fn dots<T: Walked>(
     sums
 }
 
-/// Adds a span's sums to its parameter's.
-pub(super) fn add<A: Float>(params: &mut ParamSums<A>, i: usize, sums: Sums, stat: Stat<A>, rstd: A) {
-    params.weight[i] += A::from64(sums.dot(stat, rstd));
-    params.bias[i] += A::from64(sums.g);
+/// Adds sums of spans of a set to those of their parameters, from `first` on.
+pub(super) fn add<A: Float>(params: &mut ParamSums<A>, first: usize, sums: &[Sums], stat: Stat<A>, rstd: A) {
+    let own = first..first + sums.len();
+    let params = params.weight[own.clone()].iter_mut().zip(&mut params.bias[own]);
+    for ((weight, bias), sums) in params.zip(sums) {
+        *weight += A::from64(sums.dot(stat, rstd));
+        *bias += A::from64(sums.g);
+    }
 }
