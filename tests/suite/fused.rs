@@ -2,7 +2,7 @@
 //! against the oracle; the same bits as the unfused composition where that is promised.
 
 use crate::case::{Case, Fusion, Gate, Layout, Norm};
-use crate::common::{bits, cases, device, sized, tensor, values, DTYPES};
+use crate::common::{added, bits, cases, device, sized, tensor, values, DTYPES};
 use crate::compare::against_oracle;
 use candle_core::{DType, Result, Tensor, Var};
 use candle_nn::{Activation, Module};
@@ -177,7 +177,7 @@ fn adding_within_the_norm_gives_the_bits_of_adding_before_it() -> Result<()> {
                 let bias = x.bias.as_ref().map(of);
                 let (w, b) = (weight.as_ref(), bias.as_ref());
                 let shape = &dims[dims.len() - 1..];
-                let sum = (&input + &residual)?;
+                let sum = added(&input, &residual, dtype)?;
                 let got = fused::add_layer_norm(&input, &residual, shape, w, b, 1e-5)?;
                 assert_eq!(bits(&got.sum), bits(&sum), "{dtype:?}");
                 assert_eq!(bits(&got.normed), bits(&f::layer_norm(&sum, shape, w, b, 1e-5)?), "{dtype:?}");

@@ -4,7 +4,7 @@
 //! another, behind it too, and its gradient on the way back.
 
 use crate::case::{Arguments, Case, Gate};
-use crate::common::{device, unit_roundoff};
+use crate::common::{device, lost_in_addition, unit_roundoff};
 use crate::oracle::{arithmetic, Approx};
 use candle_core::DType;
 use candle_nn::Activation;
@@ -188,8 +188,8 @@ pub fn back(case: &Case, args: &Arguments, dx: Vec<Approx>) -> Before {
         if let (Some(dsum), Some(dtype)) = (&args.dsum, case.fusion.residual) {
             // The norm's part is rounded to the sum's dtype, and so is its sum with what came from outside.
             let value = d.value + dsum[i];
-            let u = unit_roundoff(dtype);
-            dx = Approx { value, bound: d.bound + 1.01 * u * (d.value.abs() + value.abs()) };
+            let lost = unit_roundoff(dtype) * d.value.abs() + lost_in_addition(dtype) * value.abs();
+            dx = Approx { value, bound: d.bound + 1.01 * lost };
             all.dresidual.push(dx);
         }
         if let (Some(gate), Some(Gate::Before)) = (&args.gate, case.fusion.gate) {

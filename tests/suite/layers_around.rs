@@ -3,7 +3,7 @@
 //! The functions themselves are held against an oracle in `fused.rs`; here it is bits against a function, or,
 //! where a layer composes what no function has, the same composition in f64.
 
-use crate::common::{accumulation, bits, data, relative_l2, tensor, unit_roundoff, values, DTYPES};
+use crate::common::{accumulation, added, bits, data, relative_l2, tensor, unit_roundoff, values, DTYPES};
 use candle_core::{DType, Result, Tensor, Var, D};
 use candle_nn::{Activation, Module, ModuleT};
 use candle_norm::distributed::{LocalGroup, ProcessGroup};
@@ -146,9 +146,7 @@ fn forward_add_is_an_addition_and_the_forward() -> Result<()> {
     for dtype in DTYPES {
         for stream in DTYPES {
             let (x, residual) = (new(1, &[2, 4, 6], dtype)?, new(2, &[2, 4, 6], stream)?);
-            let wider = if unit_roundoff(dtype) < unit_roundoff(stream) { dtype } else { stream };
-            let wider = if dtype != stream && wider != DType::F64 { DType::F32 } else { wider };
-            let added = (x.to_dtype(wider)? + residual.to_dtype(wider)?)?.to_dtype(stream)?;
+            let added = added(&x, &residual, stream)?;
             for weight in [vec![6], vec![1, 6], vec![4, 1], vec![2, 4, 6]] {
                 let w = new(3, &weight, DType::F32)?;
                 for norm in [
