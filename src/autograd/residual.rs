@@ -13,7 +13,7 @@ use super::op::{normalize, second_order, wider, Laid, NormOp, Statistics};
 use super::parts::Parts;
 use crate::kernels::Kernels;
 use crate::request::{Norm, Normed};
-use candle_core::{bail, CpuStorage, CustomOp2, Layout, Result, Shape, Tensor};
+use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 /// `(normed, sum)`; all contiguous, of x's shape. The sum has the residual's dtype, `normed` x's.
 pub(crate) fn add_normalize(
@@ -50,9 +50,13 @@ pub(crate) fn add_normalize(
     Ok((op.apply(&sum, &inputs)?, sum))
 }
 
-/// `x + residual`, in the residual's dtype.
+/// `x + residual`, rounded to the residual's dtype; in f32 where candle 0.11.1's own addition of bf16 drops bits instead.
 pub(crate) fn sum(x: &Tensor, residual: &Tensor) -> Result<Tensor> {
-    (widened(x, residual)? + widened(residual, x)?)?.to_dtype(residual.dtype())
+    let wide = match wider(x.dtype(), residual.dtype()) {
+        DType::BF16 if cfg!(target_arch = "aarch64") && x.device().is_cpu() => DType::F32,
+        wide => wide,
+    };
+    (x.to_dtype(wide)? + residual.to_dtype(wide)?)?.to_dtype(residual.dtype())
 }
 
 /// `t` in the wider dtype of the two; exact.
