@@ -117,6 +117,37 @@ fn every_item_is_worked_on_once() {
     }
 }
 
+/// By a thread that leaves long after the caller has found nothing left to do. ThreadSanitizer (`ci/memory.sh thread`) says
+/// whether it is ordered: here it finds a caller that does not wait, and a thread that leaves without releasing what it wrote
+/// and keeps its `Arc` for some milliseconds, whose count orders it otherwise.
+#[test]
+fn what_others_write_last_is_seen() {
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(2).build().unwrap();
+    for _ in 0..10 {
+        let (mut written, come) = ([0u64; 2], AtomicUsize::new(0));
+        pool.install(|| {
+            let caller = std::thread::current().id();
+            for_each(
+                written.iter_mut(),
+                usize::MAX,
+                || (),
+                |(), out| {
+                    come.fetch_add(1, Ordering::Relaxed);
+                    let start = Instant::now();
+                    while come.load(Ordering::Relaxed) < 2 && start.elapsed() < Duration::from_secs(2) {
+                        std::thread::yield_now();
+                    }
+                    if std::thread::current().id() != caller {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    *out = 1;
+                },
+            );
+            assert_eq!(written, [1; 2]);
+        });
+    }
+}
+
 #[test]
 fn a_panic_of_any_thread_arrives() {
     let pool = rayon::ThreadPoolBuilder::new().num_threads(3).build().unwrap();
