@@ -30,6 +30,16 @@ fn ask_for_pair<S: Simd, T: Element, const N: usize>(s: S, starts: [*const T; N]
     }
 }
 
+/// Where the last `k` elements of what begins at `start` are made along with those before, in a whole vector and without
+/// masks: a map makes the same of an element twice. As they are, where all are fewer than a vector's.
+#[inline(always)]
+fn with_those_before(start: usize, at: usize, k: usize, w: usize) -> (usize, usize) {
+    match at + k - start >= w {
+        true => (at + k - w, w),
+        false => (at, k),
+    }
+}
+
 #[inline(always)]
 pub(super) fn scale_spans<S: Simd, T: Element>(
     s: S,
@@ -47,6 +57,7 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
         each_strip!(s, strips, |to, strip| {
             each_span!(strip, span, |i, part| {
                 let [high, scale, bias] = constants[i].map(|c| splat::<S, T>(s, c));
+                let start = part.start;
                 // SAFETY: the spans lie within the blocks' rows, by the assertion, and the part within the strip.
                 unsafe {
                     pairwise!(
@@ -60,6 +71,7 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
                             ask_for_pair::<S, T, 1>(s, [p], ahead);
                         },
                         |at, k| {
+                            let (at, k) = with_those_before(start, at, k, w);
                             let v = get::<S, T>(s, x.add(at), k);
                             put::<S, T>((v - high).fma(scale, bias), to.wrapping_add(at), k);
                             s.prefetch(x.wrapping_add(at + ahead));
@@ -214,6 +226,7 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
         each_strip!(s, strips, |to, strip| {
             each_span!(strip, span, |i, part| {
                 let [high, x_scale, shift, weight] = constants[i].map(|c| splat::<S, T>(s, c));
+                let start = part.start;
                 // SAFETY: the spans lie within the blocks' rows, by the assertion, and the part within the strip.
                 unsafe {
                     pairwise!(
@@ -228,6 +241,7 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
                             ask_for_pair::<S, T, 2>(s, [px, pdy], ahead);
                         },
                         |at, k| {
+                            let (at, k) = with_those_before(start, at, k, w);
                             let line = (get::<S, T>(s, x.add(at), k) - high).fma(x_scale, shift);
                             let dy = get::<S, T>(s, dy.add(at), k);
                             put::<S, T>(dy.fma(weight, line), to.wrapping_add(at), k);
