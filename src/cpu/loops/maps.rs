@@ -30,6 +30,28 @@ fn ask_for_pair<S: Simd, T: Element, const N: usize>(s: S, starts: [*const T; N]
     }
 }
 
+/// `$one` for every vector of a range, two in a turn, each of which ends with `$asked`.
+macro_rules! two_in_turn {
+    ($w:expr, $range:expr, |$at:ident, $k:ident| $one:block, |$pair:ident| $asked:expr) => {
+        pairwise!(
+            $w,
+            $range,
+            |$pair| {
+                {
+                    let ($at, $k) = ($pair, $w);
+                    $one
+                }
+                {
+                    let ($at, $k) = ($pair + $w, $w);
+                    $one
+                }
+                $asked
+            },
+            |$at, $k| $one
+        )
+    };
+}
+
 /// Where the last `k` elements of what begins at `start` are made along with those before, in a whole vector and without
 /// masks: a map makes the same of an element twice. As they are, where all are fewer than a vector's.
 #[inline(always)]
@@ -164,36 +186,26 @@ pub(super) fn scale_each<S: Simd, T: Element>(
     assert!(y.n == n && y.rows == x.rows && constants.iter().all(|c| c.len() >= n));
     let [high, scale, bias] = starts(constants);
     for r in 0..x.rows {
-        let ahead = (x.ahead(r), y.ahead(r));
-        let ahead = [ahead.0, ahead.1.unwrap_or(ahead.0)];
+        let later = x.ahead(r);
+        let ahead = [later, y.ahead(r).unwrap_or(later)];
         let (x, mut strips) = (x.row(r), y.strips::<S>(r));
         each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 macro_rules! each {
-                    (|$v:ident| $finished:expr) => {{
-                        macro_rules! one {
-                            ($at:expr, $k:expr) => {{
-                                let (at, k) = ($at, $k);
+                    (|$v:ident| $finished:expr) => {
+                        two_in_turn!(
+                            w,
+                            strip,
+                            |at, k| {
                                 let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                                 let scale = get::<S, T::Acc>(s, scale.add(at), k);
                                 let $v = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
                                 put::<S, T>($finished, to.wrapping_add(at), k);
-                            }};
-                        }
-                        pairwise!(
-                            w,
-                            strip,
-                            |at| {
-                                one!(at, w);
-                                one!(at + w, w);
-                                ask_for_pair::<S, T, 2>(s, ahead, at);
                             },
-                            |at, k| {
-                                one!(at, k);
-                            }
+                            |pair| ask_for_pair::<S, T, 2>(s, ahead, pair)
                         )
-                    }};
+                    };
                 }
                 match rows {
                     None => each!(|v| v),
@@ -312,35 +324,25 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
     assert!(constants.iter().all(|c| c.len() >= n));
     let [high, x_scale, shift, scale] = starts(constants);
     for r in 0..x.rows {
-        let ahead = (x.ahead(r), dy.ahead(r), dx.ahead(r));
-        let ahead = [ahead.0, ahead.1, ahead.2.unwrap_or(ahead.0)];
+        let later = x.ahead(r);
+        let ahead = [later, dy.ahead(r), dx.ahead(r).unwrap_or(later)];
         let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let weight = splat::<S, T>(s, weight.map_or(T::Acc::ONE, |w| w[r]));
         each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
-                macro_rules! one {
-                    ($at:expr, $k:expr) => {{
-                        let (at, k) = ($at, $k);
+                two_in_turn!(
+                    w,
+                    strip,
+                    |at, k| {
                         let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                         let x_scale = get::<S, T::Acc>(s, x_scale.add(at), k);
                         let line = d.fma(x_scale, get::<S, T::Acc>(s, shift.add(at), k));
                         let g = get::<S, T>(s, dy.add(at), k) * weight;
                         let v = g.fma(get::<S, T::Acc>(s, scale.add(at), k), line);
                         put::<S, T>(v, to.wrapping_add(at), k);
-                    }};
-                }
-                pairwise!(
-                    w,
-                    strip,
-                    |at| {
-                        one!(at, w);
-                        one!(at + w, w);
-                        ask_for_pair::<S, T, 3>(s, ahead, at);
                     },
-                    |at, k| {
-                        one!(at, k);
-                    }
+                    |pair| ask_for_pair::<S, T, 3>(s, ahead, pair)
                 )
             }
         });
