@@ -4,9 +4,9 @@
 //! because all that a fusion changes is what stands behind a tile: the tensor itself, or a thread's scratch.
 #![allow(unsafe_code)]
 
-use super::element::Element;
+use super::element::{Element, V};
 use super::tile::Tile;
-use super::vector::Simd;
+use super::vector::{Simd, Vector};
 use std::any::TypeId;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -122,26 +122,41 @@ impl<'a, T> To<'a, T> {
         (!self.past).then_some(ahead)
     }
 
-    /// Row `r` as loops write it.
+    /// Whether row `r` goes past the caches.
     #[inline(always)]
-    pub fn strips<S: Simd>(&mut self, r: usize) -> Strips<T> {
-        let (row, n) = (self.row(r), self.n);
-        let past = S::STREAMS && self.past && row.addr().is_multiple_of(16);
+    fn past<S: Simd>(&mut self, _: S, r: usize) -> bool {
+        S::STREAMS && self.past && self.row(r).addr().is_multiple_of(16)
+    }
+
+    /// Row `r`, if it is written past the caches vector by vector, which come in whole ones from every `span` elements on. f64
+    /// does without: code for few.
+    #[inline(always)]
+    pub fn vectors<S: Simd>(&mut self, s: S, r: usize, span: usize) -> Option<(Strip<T, true>, Range<usize>)>
+    where
+        T: Element,
+    {
+        let vectors = S::STREAMS_VECTORS && size_of::<T>() < 8 && span.is_multiple_of(V::<S, T>::W);
+        (vectors && self.past(s, r)).then(|| (Strip { to: self.row(r) }, 0..self.n))
+    }
+
+    /// Row `r` otherwise.
+    #[inline(always)]
+    pub fn strips<S: Simd>(&mut self, s: S, r: usize) -> Strips<T> {
+        let (row, n, past) = (self.row(r), self.n, self.past(s, r));
         let end = if past { n.min(STRIP_BYTES / size_of::<T>()) } else { n };
         Strips { row, n, start: 0, end, past, buffer: Lines(MaybeUninit::uninit()) }
     }
 }
 
-/// Bytes that a loop writes before they go past the caches: the first-level one keeps them. LayerNorm of 2048x4096 on one
-/// thread of a Zen 4 in bf16: 3.5 ms where every vector goes past the caches as it is made, in pieces of 16 bytes, 2.4 so; in
-/// f32 no slower. Strips of 512 bytes to 2 KiB are alike, of 4 KiB slower in f32.
+/// Bytes that a loop writes before they go past the caches in lines: the first-level one keeps them. Strips of 512 bytes to
+/// 2 KiB are alike on a Zen 4, of 4 KiB slower in f32.
 const STRIP_BYTES: usize = 1024;
 
 /// A cache line's alignment.
 #[repr(align(64))]
 struct Lines(MaybeUninit<[u8; STRIP_BYTES]>);
 
-/// A row that a loop writes: all of it where it lies; or, on its way past the caches, a strip at a time in a buffer.
+/// A row that a loop writes: all of it where it lies; or, on its way past the caches in lines, a strip at a time in a buffer.
 pub(super) struct Strips<T> {
     row: *mut T,
     n: usize,
@@ -152,13 +167,54 @@ pub(super) struct Strips<T> {
     buffer: Lines,
 }
 
-impl<T> Strips<T> {
-    /// `to.add(at)` may be written for every `at` of the range, and all of them are before `done` is called.
+/// Where a loop's vectors go, `PAST` the caches or not.
+#[derive(Clone, Copy)]
+pub(super) struct Strip<T, const PAST: bool> {
+    to: *mut T,
+}
+
+impl<T: Element, const PAST: bool> Strip<T, PAST> {
+    /// The first `k <= W` lanes, from `at` on.
+    ///
+    /// # Safety
+    /// They are of the strip; past the caches a vector is where `To::vectors` was told.
     #[inline(always)]
-    pub fn strip(&mut self) -> (*mut T, Range<usize>) {
+    pub unsafe fn put<S: Simd>(self, v: V<S, T>, at: usize, k: usize) {
+        let p = self.to.wrapping_add(at);
+        // SAFETY: the caller's; `vectors` has looked at the alignment.
+        unsafe {
+            match (k == V::<S, T>::W, PAST) {
+                (true, true) => T::stream::<S>(v, p),
+                (true, false) => T::store::<S>(v, p),
+                (false, _) => T::store_part::<S>(v, p, k),
+            }
+        }
+    }
+
+    /// Two vectors, as `put`.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub unsafe fn put_pair<S: Simd>(self, pair: [V<S, T>; 2], at: usize) {
+        let p = self.to.wrapping_add(at);
+        // SAFETY: as above.
+        unsafe {
+            match PAST {
+                true => T::stream_pair::<S>(pair, p),
+                false => T::store_pair::<S>(pair, p),
+            }
+        }
+    }
+}
+
+impl<T> Strips<T> {
+    /// Every place of the range is put before `done` is called.
+    #[inline(always)]
+    pub fn strip(&mut self) -> (Strip<T, false>, Range<usize>) {
         let buffer = self.buffer.0.as_mut_ptr().cast::<T>();
         let to = if self.past { buffer.wrapping_sub(self.start) } else { self.row };
-        (to, self.start..self.end)
+        (Strip { to }, self.start..self.end)
     }
 
     /// Ends a strip, and begins the next, if the row is not done.
