@@ -187,7 +187,7 @@ pub(super) fn scale_each<S: Simd, T: Element>(
     let [high, scale, bias] = starts(constants);
     for r in 0..x.rows {
         let later = x.ahead(r);
-        let ahead = [later, y.ahead(r).unwrap_or(later)];
+        let ahead = [later, y.ahead(s, r).unwrap_or(later)];
         let x = x.row(r);
         each_strip!(s, y, r, n, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
@@ -325,7 +325,7 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
     let [high, x_scale, shift, scale] = starts(constants);
     for r in 0..x.rows {
         let later = x.ahead(r);
-        let ahead = [later, dy.ahead(r), dx.ahead(r).unwrap_or(later)];
+        let ahead = [later, dy.ahead(r), dx.ahead(s, r).unwrap_or(later)];
         let (x, dy) = (x.row(r), dy.row(r));
         let weight = splat::<S, T>(s, weight.map_or(T::Acc::ONE, |w| w[r]));
         each_strip!(s, dx, r, n, |to, strip| {
