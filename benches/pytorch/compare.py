@@ -16,7 +16,8 @@ gradient (candle-norm without candle's graph, torch by its kernels without its a
 step is also taken with the candle-core that benches/patched-candle.sh makes.
 
 Settings of malloc, the same for every contender: `default`, glibc's, where freed memory of 32 MiB and
-more goes back to the system, and the next tensor of that size is mapped anew, page by page; `neutral`,
+more goes back to the system, and the next tensor of that size is mapped anew, page by page (such a row is
+measured in processes of its own: what rows before have left on the heap would be taken instead); `neutral`,
 glibc's with two settings (NEUTRAL below) that make it keep what is freed; `mimalloc`, as Rust's crate of
 that name has it; `jemalloc`, Debian's libjemalloc2, told to keep what is freed. The floor is a copy of as many bytes as x has.
 
@@ -64,6 +65,8 @@ CONTENDERS = {
 BATCH = 50_000
 #: The middle half of the rounds' ratios may span this factor: rounds that are further apart disagree.
 AGREE = 1.25
+#: Of x, and so of an output: glibc's malloc as it comes maps more in any case, unless freed memory of the heap has room for it.
+MAPPED = 32 << 20
 #: What tells one line of the table from another.
 KEY = ("norm", "shape", "dtype", "figure", "threads", "malloc")
 
@@ -441,9 +444,14 @@ def measure(workers, chosen):
             run = Run(workers, threads, malloc, chosen)
             every_row = run.candle.ask("rows")
             for row in run.rows():
-                for line in run.measure(row):
+                # Whether the heap has room is by the rows before: in processes of its own a row has what a program has.
+                alone = malloc == "default" and row["bytes"] >= MAPPED
+                one = Run(workers, threads, malloc, chosen) if alone else run
+                for line in one.measure(row):
                     lines.append(line)
                     show(line)
+                if alone:
+                    one.close()
             run.close()
     print(goals(lines), end="")
     lines = merged(chosen.out / "pytorch.csv", lines, every_row)

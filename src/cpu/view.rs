@@ -96,6 +96,12 @@ impl<'a, T: Copy> Strided<'a, T> {
     }
 }
 
+/// Whether elements go past the caches vector by vector. Of 16 bits a vector is a quarter of a line: some rows of
+/// `benches/pytorch` took 1.5 times as long as in lines, others were faster. Of 64 it would be code for few.
+const fn streams_vectors<S: Simd, T>() -> bool {
+    S::STREAMS_VECTORS && size_of::<T>() == 4
+}
+
 /// The same, to be written.
 pub(super) struct To<'a, T> {
     first: *mut T,
@@ -119,7 +125,7 @@ impl<'a, T> To<'a, T> {
     #[inline(always)]
     pub fn ahead<S: Simd>(&mut self, _: S, r: usize) -> Option<*const T> {
         let ahead = self.row(r).wrapping_add(later(self.n) * self.stride);
-        let through = !self.past || !(S::STREAMS_VECTORS || self.in_lines());
+        let through = !self.past || !(streams_vectors::<S, T>() || self.in_lines());
         through.then_some(ahead)
     }
 
@@ -135,14 +141,13 @@ impl<'a, T> To<'a, T> {
         S::STREAMS && self.past && self.row(r).addr().is_multiple_of(16)
     }
 
-    /// Row `r`, if it is written past the caches vector by vector, which come in whole ones from every `span` elements on. f64
-    /// does without: code for few.
+    /// Row `r`, if it is written past the caches vector by vector, which come in whole ones from every `span` elements on.
     #[inline(always)]
     pub fn vectors<S: Simd>(&mut self, s: S, r: usize, span: usize) -> Option<(Strip<T, true>, Range<usize>)>
     where
         T: Element,
     {
-        let vectors = S::STREAMS_VECTORS && size_of::<T>() < 8 && span.is_multiple_of(V::<S, T>::W);
+        let vectors = streams_vectors::<S, T>() && span.is_multiple_of(V::<S, T>::W);
         (vectors && self.past(s, r)).then(|| (Strip { to: self.row(r) }, 0..self.n))
     }
 

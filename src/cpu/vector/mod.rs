@@ -38,7 +38,7 @@ pub(super) trait Simd: Copy + 'static {
     const STREAMS: bool;
 
     /// Whether these take vectors as they are made, else a row goes in whole lines from a buffer (`stream`). On a Zen 3 vectors
-    /// are faster: LayerNorm and RMS norm of 4096x4096 1.03 to 1.06 times, GroupNorm of 2x512x64x64 1.04 to 1.1, BatchNorm with
+    /// are faster in f32: LayerNorm and RMS norm of 4096x4096 1.04 to 1.06 times, GroupNorm of 2x512x64x64 1.07 to 1.09, BatchNorm with
     /// skip and ReLU of 32x256x28x28 f32 1.26 on one thread and 1.13 on two. On a Zen 4 every store costs some 5 cycles, of 16
     /// bytes or of a whole line: LayerNorm of 2048x4096 bf16 on one thread 3.5 ms in vectors, 2.4 in lines.
     const STREAMS_VECTORS: bool;
