@@ -11,7 +11,7 @@ use super::output::{Output, Tiles};
 use super::parallel::{for_each, split};
 use super::plan::{self, Asked, Origin, Visit, Walk};
 use super::simd_level::Level;
-use super::staging::{gated_gradient, pieces, write, After, Room, Scratch, Source, Tensor, PIECE};
+use super::staging::{gated_gradient, pieces, write, After, Room, Scratch, Source, Tensor};
 use super::tile::{Cut, Tile};
 use super::view::OutTile;
 use super::walk_args::{BackwardArgs, ForwardArgs, Input, Out, SumsArgs};
@@ -255,7 +255,7 @@ impl<'a, T: Stored> Call<'a, T> {
         let back_to_z = visit.back_to_z(g, self.affine.form);
         let bytes = self.x.bytes();
         for_each(work, bytes, Scratch::new, |scratch: &mut Scratch<T>, (tile, mut params, mut out)| {
-            for piece in pieces(g, tile, tokens, staged.then_some(PIECE)) {
+            for piece in pieces(g, tile, tokens, staged) {
                 let piece = &piece;
                 let affine = &self.affine.of_row(piece.rows.start, g);
                 let own = params.as_mut().map(|p| p.of_sample(tokens, tile, piece));

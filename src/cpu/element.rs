@@ -51,8 +51,6 @@ pub(super) trait Element: WithDType {
     unsafe fn load_part<S: Simd>(s: S, p: *const Self, n: usize) -> V<S, Self>;
     unsafe fn store<S: Simd>(v: V<S, Self>, p: *mut Self);
     unsafe fn store_pair<S: Simd>(v: [V<S, Self>; 2], p: *mut Self);
-    unsafe fn stream<S: Simd>(v: V<S, Self>, p: *mut Self);
-    unsafe fn stream_pair<S: Simd>(v: [V<S, Self>; 2], p: *mut Self);
     unsafe fn store_part<S: Simd>(v: V<S, Self>, p: *mut Self, n: usize);
 }
 
@@ -78,8 +76,6 @@ macro_rules! element {
             load_part(s: S, p: *const Self, n: usize) -> S::$vector;
             store(v: S::$vector, p: *mut Self) -> ();
             store_pair(v: [S::$vector; 2], p: *mut Self) -> ();
-            stream(v: S::$vector, p: *mut Self) -> ();
-            stream_pair(v: [S::$vector; 2], p: *mut Self) -> ();
             store_part(v: S::$vector, p: *mut Self, n: usize) -> ();
             }
         }

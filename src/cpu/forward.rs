@@ -9,7 +9,7 @@ use super::output::Output;
 use super::parallel::{for_each, split};
 use super::plan::{self, Origin, Visit};
 use super::simd_level::Level;
-use super::staging::{pieces, After, Scratch, Source, Tensor, ADDED, PIECE};
+use super::staging::{pieces, After, Scratch, Source, Tensor};
 use super::view::same;
 use super::walk_args::{ForwardArgs, MomentsArgs};
 use super::walks;
@@ -151,10 +151,9 @@ fn run<T: Stored, R: Element<Acc = T::Acc>, W: Walked<Acc = T::Acc>>(
         (y, stats, sums.as_mut().and_then(Iterator::next))
     });
     let (loops, eps) = (W::loops(level), T::Acc::from64(norm.eps));
-    let staged = x.staged::<W>() || after.staged::<W>();
-    let elements = if residual.is_some() { Some(ADDED) } else { staged.then_some(PIECE) };
+    let staged = residual.is_some() || x.staged::<W>() || after.staged::<W>();
     for_each(work, x.bytes(), Scratch::new, |scratch: &mut Scratch<T>, (mut y, mut stats, mut sum)| {
-        for piece in pieces(g, y.tile(), norm.fusion.tokens, elements) {
+        for piece in pieces(g, y.tile(), norm.fusion.tokens, staged) {
             let x = match (&residual, &mut sum) {
                 (Some(residual), Some(sum)) => x.read_sum::<R, W>(residual, &piece, &mut scratch.x, sum),
                 _ => x.read::<W>(&piece, &mut scratch.x),

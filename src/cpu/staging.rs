@@ -17,10 +17,7 @@ use crate::request::Blocks;
 /// Elements of a strip, on which all that is fused is done in turn: few enough for the first-level cache.
 const STRIP: usize = 1024;
 /// Elements of a piece of a tile, of several sets.
-pub(super) const PIECE: usize = 8192;
-/// Of a piece that is added first: few enough for the first-level cache. Addition and LayerNorm or RMS norm of 512x4096 on a
-/// Zen 3: 1.02 to 1.07 times as fast as of `PIECE`.
-pub(super) const ADDED: usize = 4096;
+const PIECE: usize = 8192;
 
 /// A thread's scratch for a tile.
 pub(super) struct Room<T: Element> {
@@ -66,19 +63,15 @@ fn staged<'a, A: Float, W: Walked<Acc = A>>(wide: &'a [A], tile: &'a Tile) -> In
     }
 }
 
-/// Sets of a tile that are staged at a time: whole rows of one sample where a row is a set, of some `elements` if it is said
-/// how many, else all of it.
+/// Sets of a tile that are staged at a time: whole rows of one sample where a row is a set, else all of it.
 pub(super) fn pieces(
     g: &Geometry,
     tile: &Tile,
     tokens: Option<usize>,
-    elements: Option<usize>,
+    any: bool,
 ) -> impl Iterator<Item = Tile> {
     let Tile { rows, columns } = tile.clone();
-    let most = match elements {
-        Some(elements) if g.rows == 1 => (elements / columns.len()).max(1),
-        _ => rows.len(),
-    };
+    let most = if any && g.rows == 1 { (PIECE / columns.len()).max(1) } else { rows.len() };
     let (mut row, tokens) = (rows.start, tokens.unwrap_or(usize::MAX));
     std::iter::from_fn(move || {
         let start = row;

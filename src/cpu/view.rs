@@ -4,9 +4,9 @@
 //! because all that a fusion changes is what stands behind a tile: the tensor itself, or a thread's scratch.
 #![allow(unsafe_code)]
 
-use super::element::{Element, V};
+use super::element::Element;
 use super::tile::Tile;
-use super::vector::{Simd, Vector};
+use super::vector::Simd;
 use std::any::TypeId;
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
@@ -96,12 +96,6 @@ impl<'a, T: Copy> Strided<'a, T> {
     }
 }
 
-/// Whether elements go past the caches vector by vector. Of 16 bits a vector is a quarter of a line: some rows of
-/// `benches/pytorch` took 1.5 times as long as in lines, others were faster. Of 64 it would be code for few.
-const fn streams_vectors<S: Simd, T>() -> bool {
-    S::STREAMS_VECTORS && size_of::<T>() == 4
-}
-
 /// The same, to be written.
 pub(super) struct To<'a, T> {
     first: *mut T,
@@ -123,57 +117,31 @@ impl<'a, T> To<'a, T> {
 
     /// As `Strided::ahead`, where rows are written through the caches: a store waits for its line.
     #[inline(always)]
-    pub fn ahead<S: Simd>(&mut self, _: S, r: usize) -> Option<*const T> {
+    pub fn ahead(&mut self, r: usize) -> Option<*const T> {
         let ahead = self.row(r).wrapping_add(later(self.n) * self.stride);
-        let through = !self.past || !(streams_vectors::<S, T>() || self.in_lines());
-        through.then_some(ahead)
+        (!self.past).then_some(ahead)
     }
 
-    /// Whether rows are long enough to go past the caches in lines.
+    /// Row `r` as loops write it.
     #[inline(always)]
-    fn in_lines(&self) -> bool {
-        self.n * size_of::<T>() >= PAST_ROW
-    }
-
-    /// Whether row `r` may go past the caches.
-    #[inline(always)]
-    fn past<S: Simd>(&mut self, _: S, r: usize) -> bool {
-        S::STREAMS && self.past && self.row(r).addr().is_multiple_of(16)
-    }
-
-    /// Row `r`, if it is written past the caches vector by vector, which come in whole ones from every `span` elements on.
-    #[inline(always)]
-    pub fn vectors<S: Simd>(&mut self, s: S, r: usize, span: usize) -> Option<(Strip<T, true>, Range<usize>)>
-    where
-        T: Element,
-    {
-        let vectors = streams_vectors::<S, T>() && span.is_multiple_of(V::<S, T>::W);
-        (vectors && self.past(s, r)).then(|| (Strip { to: self.row(r) }, 0..self.n))
-    }
-
-    /// Row `r` otherwise.
-    #[inline(always)]
-    pub fn strips<S: Simd>(&mut self, s: S, r: usize) -> Strips<T> {
-        let (row, n, past) = (self.row(r), self.n, self.past(s, r) && self.in_lines());
+    pub fn strips<S: Simd>(&mut self, r: usize) -> Strips<T> {
+        let (row, n) = (self.row(r), self.n);
+        let past = S::STREAMS && self.past && row.addr().is_multiple_of(16);
         let end = if past { n.min(STRIP_BYTES / size_of::<T>()) } else { n };
         Strips { row, n, start: 0, end, past, buffer: Lines(MaybeUninit::uninit()) }
     }
 }
 
-/// Bytes of a row from which it goes past the caches in lines. LayerNorm of 65536x128 on a Zen 4, f32 (512 bytes): 1.2 to 1.4
-/// times as fast past the caches; bf16 (256): up to 1.5 times slower. In vectors any row does: LayerNorm on a Zen 3, one and two
-/// threads, of 131072x64 f32 1.2 to 1.4 times as fast, of 524288x16 1.15 to 1.16.
-const PAST_ROW: usize = 512;
-
-/// Bytes that a loop writes before they go past the caches in lines: the first-level one keeps them. Strips of 512 bytes to
-/// 2 KiB are alike on a Zen 4, of 4 KiB slower in f32.
+/// Bytes that a loop writes before they go past the caches: the first-level one keeps them. LayerNorm of 2048x4096 on one
+/// thread of a Zen 4 in bf16: 3.5 ms where every vector goes past the caches as it is made, in pieces of 16 bytes, 2.4 so; in
+/// f32 no slower. Strips of 512 bytes to 2 KiB are alike, of 4 KiB slower in f32.
 const STRIP_BYTES: usize = 1024;
 
 /// A cache line's alignment.
 #[repr(align(64))]
 struct Lines(MaybeUninit<[u8; STRIP_BYTES]>);
 
-/// A row that a loop writes: all of it where it lies; or, on its way past the caches in lines, a strip at a time in a buffer.
+/// A row that a loop writes: all of it where it lies; or, on its way past the caches, a strip at a time in a buffer.
 pub(super) struct Strips<T> {
     row: *mut T,
     n: usize,
@@ -184,54 +152,13 @@ pub(super) struct Strips<T> {
     buffer: Lines,
 }
 
-/// Where a loop's vectors go, `PAST` the caches or not.
-#[derive(Clone, Copy)]
-pub(super) struct Strip<T, const PAST: bool> {
-    to: *mut T,
-}
-
-impl<T: Element, const PAST: bool> Strip<T, PAST> {
-    /// The first `k <= W` lanes, from `at` on.
-    ///
-    /// # Safety
-    /// They are of the strip; past the caches a vector is where `To::vectors` was told.
-    #[inline(always)]
-    pub unsafe fn put<S: Simd>(self, v: V<S, T>, at: usize, k: usize) {
-        let p = self.to.wrapping_add(at);
-        // SAFETY: the caller's; `vectors` has looked at the alignment.
-        unsafe {
-            match (k == V::<S, T>::W, PAST) {
-                (true, true) => T::stream::<S>(v, p),
-                (true, false) => T::store::<S>(v, p),
-                (false, _) => T::store_part::<S>(v, p, k),
-            }
-        }
-    }
-
-    /// Two vectors, as `put`.
-    ///
-    /// # Safety
-    /// As above.
-    #[inline(always)]
-    pub unsafe fn put_pair<S: Simd>(self, pair: [V<S, T>; 2], at: usize) {
-        let p = self.to.wrapping_add(at);
-        // SAFETY: as above.
-        unsafe {
-            match PAST {
-                true => T::stream_pair::<S>(pair, p),
-                false => T::store_pair::<S>(pair, p),
-            }
-        }
-    }
-}
-
 impl<T> Strips<T> {
-    /// Every place of the range is put before `done` is called.
+    /// `to.add(at)` may be written for every `at` of the range, and all of them are before `done` is called.
     #[inline(always)]
-    pub fn strip(&mut self) -> (Strip<T, false>, Range<usize>) {
+    pub fn strip(&mut self) -> (*mut T, Range<usize>) {
         let buffer = self.buffer.0.as_mut_ptr().cast::<T>();
         let to = if self.past { buffer.wrapping_sub(self.start) } else { self.row };
-        (Strip { to }, self.start..self.end)
+        (to, self.start..self.end)
     }
 
     /// Ends a strip, and begins the next, if the row is not done.

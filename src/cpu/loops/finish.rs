@@ -7,7 +7,7 @@
 
 use super::maps::of_row;
 use super::sums::{splats, starts};
-use super::{each_span, each_strip, each_vector, get, Stored};
+use super::{each_span, each_strip, each_vector, get, put, Stored};
 use crate::cpu::element::{Element, Float, V};
 use crate::cpu::simd_level::Level;
 use crate::cpu::vector::{Simd, Twice, Vector, MOST_LANES};
@@ -178,15 +178,15 @@ fn finished<S: Simd, T: Element>(s: S, z: Strided<T::Acc>, mut y: To<T>, behind:
     assert!(y.n == n && y.rows == z.rows);
     behind.assert_fits(z.rows, n);
     for r in 0..z.rows {
-        let (p, row) = (z.row(r), behind.row(r));
-        each_strip!(s, y, r, |to, strip| {
+        let (p, row, mut strips) = (z.row(r), behind.row(r), y.strips::<S>(r));
+        each_strip!(s, strips, |to, strip| {
             let mut at = strip.start;
             while at < strip.end {
                 let k = w.min(strip.end - at);
                 // SAFETY: all places are below `n`, which all have, and of the strip.
                 unsafe {
                     let z = get::<S, T::Acc>(s, p.add(at), k);
-                    to.put::<S>(row.of::<S, OTHER>(s, z, at, k), at, k);
+                    put::<S, T>(row.of::<S, OTHER>(s, z, at, k), to.wrapping_add(at), k);
                 }
                 at += k;
             }
@@ -239,15 +239,9 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
     assert!(y.n == n && y.rows == x.rows);
     behind.assert_fits(x.rows, n);
     line.assert_fits(n);
-    let vectors_of = match line {
-        // No span has whole vectors: what is computed takes longer than to write it, and is much code.
-        _ if matches!(KIND, SILU | GELU | GATE) => 1,
-        Line::Spans { span, .. } => *span,
-        _ => n,
-    };
     for r in 0..x.rows {
-        let (p, row) = (x.row(r), behind.row(r));
-        each_strip!(s, y, r, vectors_of, |to, strip| {
+        let (p, row, mut strips) = (x.row(r), behind.row(r), y.strips::<S>(r));
+        each_strip!(s, strips, |to, strip| {
             match *line {
                 Line::Spans { span, constants, ahead } => {
                     let constants = of_row(constants, n / span, r);
@@ -257,7 +251,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                         unsafe {
                             each_vector!(w, part, |at, k| {
                                 let z = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(scale, bias);
-                                to.put::<S>(row.of::<S, KIND>(s, z, at, k), at, k);
+                                put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.wrapping_add(at), k);
                                 s.prefetch(p.wrapping_add(at + ahead));
                             })
                         }
@@ -275,7 +269,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                             let xhat = (get::<S, T::WalkedAs>(s, p.add(at), k) - high).fma(rstd, shift);
                             let weight = get::<S, T::Acc>(s, weight.add(at), k);
                             let z = xhat.fma(weight, get::<S, T::Acc>(s, bias.add(at * step), k));
-                            to.put::<S>(row.of::<S, KIND>(s, z, at, k), at, k);
+                            put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.wrapping_add(at), k);
                             s.prefetch(p.wrapping_add(at + ahead));
                         })
                     }
@@ -295,7 +289,7 @@ fn of_kind<S: Simd, T: Stored, const KIND: u8>(
                             let scale = get::<S, T::Acc>(s, scale.add(at), k);
                             let z =
                                 d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k)).fma(row_weight, row_bias);
-                            to.put::<S>(row.of::<S, KIND>(s, z, at, k), at, k);
+                            put::<S, T>(row.of::<S, KIND>(s, z, at, k), to.wrapping_add(at), k);
                         })
                     }
                 }

@@ -75,8 +75,8 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
     let spans = x.n / span;
     assert!(y.n == x.n && y.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
-        let (x, constants) = (x.row(r), of_row(constants, spans, r));
-        each_strip!(s, y, r, span, |to, strip| {
+        let (x, constants, mut strips) = (x.row(r), of_row(constants, spans, r), y.strips::<S>(r));
+        each_strip!(s, strips, |to, strip| {
             each_span!(strip, span, |i, part| {
                 let [high, scale, bias] = constants[i].map(|c| splat::<S, T>(s, c));
                 let start = part.start;
@@ -89,13 +89,13 @@ pub(super) fn scale_spans<S: Simd, T: Element>(
                             let p = x.add(at);
                             let [a, b] = T::load_pair(s, p);
                             let pair = [(a - high).fma(scale, bias), (b - high).fma(scale, bias)];
-                            to.put_pair::<S>(pair, at);
+                            T::store_pair::<S>(pair, to.wrapping_add(at));
                             ask_for_pair::<S, T, 1>(s, [p], ahead);
                         },
                         |at, k| {
                             let (at, k) = with_those_before(start, at, k, w);
                             let v = get::<S, T>(s, x.add(at), k);
-                            to.put::<S>((v - high).fma(scale, bias), at, k);
+                            put::<S, T>((v - high).fma(scale, bias), to.wrapping_add(at), k);
                             s.prefetch(x.wrapping_add(at + ahead));
                         }
                     );
@@ -120,9 +120,9 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
     assert!(y.n == n && y.rows == x.rows && weight.len() >= n && bias.is_none_or(|b| b.len() >= n));
     let (weight, pairs) = (weight.as_ptr(), parted && T::parted::<S>());
     for r in 0..x.rows {
-        let x = x.row(r);
+        let (x, mut strips) = (x.row(r), y.strips::<S>(r));
         let [high, rstd, shift] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
-        each_strip!(s, y, r, n, |to, strip| {
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 macro_rules! each {
@@ -135,13 +135,13 @@ pub(super) fn scale_columns<S: Simd, T: Element>(
                             let ($at, $xhat) = (start, (a - high).fma(rstd, shift));
                             let a = $y;
                             let ($at, $xhat) = (start + w, (b - high).fma(rstd, shift));
-                            to.put_pair::<S>([a, $y], start);
+                            T::store_pair::<S>([a, $y], to.wrapping_add(start));
                             ask_for_pair::<S, T, 1>(s, [p], ahead);
                             start += 2 * w;
                         }
                         each_vector!(w, start..strip.end, |$at, $k| {
                             let $xhat = (get::<S, T>(s, x.add($at), $k) - high).fma(rstd, shift);
-                            to.put::<S>($y, $at, $k);
+                            put::<S, T>($y, to.wrapping_add($at), $k);
                             s.prefetch(x.wrapping_add($at + ahead));
                         })
                     }};
@@ -187,9 +187,9 @@ pub(super) fn scale_each<S: Simd, T: Element>(
     let [high, scale, bias] = starts(constants);
     for r in 0..x.rows {
         let later = x.ahead(r);
-        let ahead = [later, y.ahead(s, r).unwrap_or(later)];
-        let x = x.row(r);
-        each_strip!(s, y, r, n, |to, strip| {
+        let ahead = [later, y.ahead(r).unwrap_or(later)];
+        let (x, mut strips) = (x.row(r), y.strips::<S>(r));
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 macro_rules! each {
@@ -201,7 +201,7 @@ pub(super) fn scale_each<S: Simd, T: Element>(
                                 let d = get::<S, T>(s, x.add(at), k) - get::<S, T::Acc>(s, high.add(at), k);
                                 let scale = get::<S, T::Acc>(s, scale.add(at), k);
                                 let $v = d.fma(scale, get::<S, T::Acc>(s, bias.add(at), k));
-                                to.put::<S>($finished, at, k);
+                                put::<S, T>($finished, to.wrapping_add(at), k);
                             },
                             |pair| ask_for_pair::<S, T, 2>(s, ahead, pair)
                         )
@@ -233,9 +233,9 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
     let spans = x.n / span;
     assert!(dy.n == x.n && dy.rows == x.rows && dx.n == x.n && dx.rows == x.rows && spans * span == x.n);
     for r in 0..x.rows {
-        let (x, dy) = (x.row(r), dy.row(r));
+        let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let constants = of_row(constants, spans, r);
-        each_strip!(s, dx, r, span, |to, strip| {
+        each_strip!(s, strips, |to, strip| {
             each_span!(strip, span, |i, part| {
                 let [high, x_scale, shift, weight] = constants[i].map(|c| splat::<S, T>(s, c));
                 let start = part.start;
@@ -249,14 +249,14 @@ pub(super) fn gradient_spans<S: Simd, T: Element>(
                             let ([xa, xb], [a, b]) = (T::load_pair(s, px), T::load_pair(s, pdy));
                             let a = a.fma(weight, (xa - high).fma(x_scale, shift));
                             let b = b.fma(weight, (xb - high).fma(x_scale, shift));
-                            to.put_pair::<S>([a, b], at);
+                            T::store_pair::<S>([a, b], to.wrapping_add(at));
                             ask_for_pair::<S, T, 2>(s, [px, pdy], ahead);
                         },
                         |at, k| {
                             let (at, k) = with_those_before(start, at, k, w);
                             let line = (get::<S, T>(s, x.add(at), k) - high).fma(x_scale, shift);
                             let dy = get::<S, T>(s, dy.add(at), k);
-                            to.put::<S>(dy.fma(weight, line), at, k);
+                            put::<S, T>(dy.fma(weight, line), to.wrapping_add(at), k);
                         }
                     );
                 }
@@ -280,9 +280,9 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
     assert!(dy.n == n && dy.rows == x.rows && dx.n == n && dx.rows == x.rows && weight.len() >= n);
     let (weight, pairs) = (weight.as_ptr(), parted && T::parted::<S>());
     for r in 0..x.rows {
-        let (x, dy) = (x.row(r), dy.row(r));
+        let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let [high, x_scale, shift, rstd] = of_row(constants, 1, r)[0].map(|c| splat::<S, T>(s, c));
-        each_strip!(s, dx, r, n, |to, strip| {
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 let mut start = strip.start;
@@ -293,7 +293,7 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
                     let wb = get::<S, T::Acc>(s, weight.add(start + w), w);
                     let a = (a * rstd).fma(wa, (xa - high).fma(x_scale, shift));
                     let b = (b * rstd).fma(wb, (xb - high).fma(x_scale, shift));
-                    to.put_pair::<S>([a, b], start);
+                    T::store_pair::<S>([a, b], to.wrapping_add(start));
                     ask_for_pair::<S, T, 2>(s, [px, pdy], ahead);
                     start += 2 * w;
                 }
@@ -301,7 +301,7 @@ pub(super) fn gradient_columns<S: Simd, T: Element>(
                     let (d, dy_at) = (get::<S, T>(s, x.add(at), k) - high, get::<S, T>(s, dy.add(at), k));
                     let weight = get::<S, T::Acc>(s, weight.add(at), k);
                     let v = (dy_at * rstd).fma(weight, d.fma(x_scale, shift));
-                    to.put::<S>(v, at, k);
+                    put::<S, T>(v, to.wrapping_add(at), k);
                     s.prefetch(x.wrapping_add(at + ahead));
                     s.prefetch(dy.wrapping_add(at + ahead));
                 })
@@ -325,10 +325,10 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
     let [high, x_scale, shift, scale] = starts(constants);
     for r in 0..x.rows {
         let later = x.ahead(r);
-        let ahead = [later, dy.ahead(r), dx.ahead(s, r).unwrap_or(later)];
-        let (x, dy) = (x.row(r), dy.row(r));
+        let ahead = [later, dy.ahead(r), dx.ahead(r).unwrap_or(later)];
+        let (x, dy, mut strips) = (x.row(r), dy.row(r), dx.strips::<S>(r));
         let weight = splat::<S, T>(s, weight.map_or(T::Acc::ONE, |w| w[r]));
-        each_strip!(s, dx, r, n, |to, strip| {
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 two_in_turn!(
@@ -340,7 +340,7 @@ pub(super) fn gradient_each<S: Simd, T: Element>(
                         let line = d.fma(x_scale, get::<S, T::Acc>(s, shift.add(at), k));
                         let g = get::<S, T>(s, dy.add(at), k) * weight;
                         let v = g.fma(get::<S, T::Acc>(s, scale.add(at), k), line);
-                        to.put::<S>(v, at, k);
+                        put::<S, T>(v, to.wrapping_add(at), k);
                     },
                     |pair| ask_for_pair::<S, T, 3>(s, ahead, pair)
                 )
@@ -390,12 +390,12 @@ pub(super) fn narrow<S: Simd, T: Element>(s: S, x: Strided<T::Acc>, mut y: To<T>
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
-        let p = x.row(r);
-        each_strip!(s, y, r, n, |to, strip| {
+        let (p, mut strips) = (x.row(r), y.strips::<S>(r));
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which both have, and of the strip.
             unsafe {
                 each_vector!(w, strip, |at, k| {
-                    to.put::<S>(get::<S, T::Acc>(s, p.add(at), k), at, k);
+                    put::<S, T>(get::<S, T::Acc>(s, p.add(at), k), to.wrapping_add(at), k);
                 })
             }
         });
@@ -407,8 +407,8 @@ pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T>, b: Strided<T>, mut y
     let (w, n) = (V::<S, T>::W, x.n);
     assert!(b.n == n && b.rows == x.rows && y.n == n && y.rows == x.rows);
     for r in 0..x.rows {
-        let (x, b) = (x.row(r), b.row(r));
-        each_strip!(s, y, r, |to, strip| {
+        let (x, b, mut strips) = (x.row(r), b.row(r), y.strips::<S>(r));
+        each_strip!(s, strips, |to, strip| {
             // SAFETY: all places are below `n`, which all have, and of the strip.
             unsafe {
                 pairwise!(
@@ -417,12 +417,12 @@ pub(super) fn add<S: Simd, T: Element>(s: S, x: Strided<T>, b: Strided<T>, mut y
                     |at| {
                         let (x, b) = (x.add(at), b.add(at));
                         let ([xa, xb], [ba, bb]) = (T::load_pair(s, x), T::load_pair(s, b));
-                        to.put_pair::<S>([xa + ba, xb + bb], at);
+                        T::store_pair::<S>([xa + ba, xb + bb], to.wrapping_add(at));
                         ask_for_pair::<S, T, 2>(s, [x, b], AHEAD);
                     },
                     |at, k| {
                         let v = get::<S, T>(s, x.add(at), k) + get::<S, T>(s, b.add(at), k);
-                        to.put::<S>(v, at, k);
+                        put::<S, T>(v, to.wrapping_add(at), k);
                     }
                 );
             }

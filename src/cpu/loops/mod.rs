@@ -277,25 +277,17 @@ macro_rules! each_vector {
 }
 use each_vector;
 
-/// `$body` for every strip of row `$r`: `$to`, and its columns there (`Strips::strip`). With a `$span` it is made twice, and
-/// writes past the caches vector by vector where it can (`To::vectors`).
+/// `$body` for every strip of a row: `$to`, and its columns there (`Strips::strip`).
 macro_rules! each_strip {
-    ($s:expr, $y:expr, $r:expr, $span:expr, |$to:ident, $strip:ident| $body:block) => {
-        match $y.vectors($s, $r, $span) {
-            Some(($to, $strip)) => $body,
-            None => each_strip!($s, $y, $r, |$to, $strip| $body),
-        }
-    };
-    ($s:expr, $y:expr, $r:expr, |$to:ident, $strip:ident| $body:block) => {{
-        let mut strips = $y.strips($s, $r);
+    ($s:expr, $strips:expr, |$to:ident, $strip:ident| $body:block) => {
         loop {
-            let ($to, $strip) = strips.strip();
+            let ($to, $strip) = $strips.strip();
             $body
-            if strips.done($s) {
+            if $strips.done($s) {
                 break;
             }
         }
-    }};
+    };
 }
 use each_strip;
 

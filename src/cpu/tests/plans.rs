@@ -124,22 +124,22 @@ fn tiles_that_sum_columns_are_tall() {
 }
 
 /// `[outer, rows, width, run]`, span, bytes of an element, and whether y goes past the caches: in tests, from 256 KiB on of
-/// what is read and written. Short rows then do where a level streams vectors, which loops know.
+/// what is read and written.
 #[test]
 fn what_goes_past_the_caches() {
     for (name, [outer, rows, width, run], per, bytes, past) in [
         ("layer 64x1024", [64, 1, 1024, 1024], 1, 4, true),
         ("layer 16x1024, which the caches hold", [16, 1, 1024, 1024], 1, 4, false),
         ("layer 4096x128", [4096, 1, 128, 128], 1, 4, true),
-        ("layer 4096x128 bf16, short rows", [4096, 1, 128, 128], 1, 2, true),
+        ("layer 4096x128 bf16, short rows", [4096, 1, 128, 128], 1, 2, false),
         ("layer 64x1001, rows of no whole pieces", [64, 1, 1001, 1001], 1, 4, false),
         ("batch 32x256x7x7, rows of many runs", [1, 32, 256 * 49, 49], 49, 4, true),
         ("batch 9x3x7x7", [1, 900, 147, 49], 49, 4, false),
         ("batch 32x16x29x29, run by run", [1, 32, 16 * 841, 841], 841, 4, false),
         ("batch 32x16x28x28 bf16", [1, 32, 16 * 784, 784], 784, 2, true),
         ("batch, channels-last", [1, 2000, 128, 1], 1, 4, true),
-        ("batch, channels-last, in tiles of 82 columns", [1, 1568, 2048, 1], 1, 2, false),
-        ("batch, few channels last", [1, 9000, 64, 1], 1, 4, true),
+        ("batch, channels-last, in tiles of 64 columns", [1, 1568, 2048, 1], 1, 2, false),
+        ("batch, few channels last", [1, 9000, 64, 1], 1, 4, false),
     ] {
         let weight_by = WeightBy::Column { span: per };
         let g = Geometry { outer, rows, width, run, weight_by, center: true };

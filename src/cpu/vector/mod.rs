@@ -37,12 +37,6 @@ pub(super) trait Simd: Copy + 'static {
     /// Whether it has stores past the caches.
     const STREAMS: bool;
 
-    /// Whether these take vectors as they are made, else a row goes in whole lines from a buffer (`stream`). On a Zen 3 vectors
-    /// are faster in f32: LayerNorm and RMS norm of 4096x4096 1.04 to 1.06 times, GroupNorm of 2x512x64x64 1.07 to 1.09, BatchNorm with
-    /// skip and ReLU of 32x256x28x28 f32 1.26 on one thread and 1.13 on two. On a Zen 4 every store costs some 5 cycles, of 16
-    /// bytes or of a whole line: LayerNorm of 2048x4096 bf16 on one thread 3.5 ms in vectors, 2.4 in lines.
-    const STREAMS_VECTORS: bool;
-
     /// Asks for the cache line of `p`, which may lie anywhere: nothing is read.
     fn prefetch<T>(self, p: *const T);
 
@@ -109,18 +103,6 @@ pub(super) trait Convert<S, T, A>: Sized {
 
     /// `2 * W` elements in the order of `load_pair`.
     unsafe fn store_pair(pair: [Self; 2], p: *mut T);
-
-    /// As `store`, past the caches, to a multiple of 16 bytes. Of a level with `STREAMS_VECTORS`.
-    unsafe fn stream(self, p: *mut T) {
-        // SAFETY: the caller's.
-        unsafe { self.store(p) }
-    }
-
-    /// As `store_pair`, likewise.
-    unsafe fn stream_pair(pair: [Self; 2], p: *mut T) {
-        // SAFETY: the caller's.
-        unsafe { Self::store_pair(pair, p) }
-    }
 
     /// The first `n < W` lanes.
     unsafe fn store_part(self, p: *mut T, n: usize);

@@ -20,7 +20,6 @@ impl Simd for Portable {
     /// aarch64 has fused multiply-add in its baseline; x86-64 would call a library function for it.
     const FMA: bool = cfg!(target_arch = "aarch64");
     const STREAMS: bool = false;
-    const STREAMS_VECTORS: bool = false;
 
     #[inline(always)]
     fn prefetch<T>(self, _: *const T) {}

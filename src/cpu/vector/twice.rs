@@ -21,7 +21,6 @@ impl<S: Simd> Simd for Twice<S> {
     const FINISHES_IN_REGISTERS: bool = S::FINISHES_IN_REGISTERS;
     const FMA: bool = S::FMA;
     const STREAMS: bool = S::STREAMS;
-    const STREAMS_VECTORS: bool = S::STREAMS_VECTORS;
 
     #[inline(always)]
     fn prefetch<T>(self, p: *const T) {
@@ -141,24 +140,6 @@ impl<S: Simd, T, A: Copy, V: Vector<S, A> + Convert<S, T, A>> Convert<Twice<S>, 
         unsafe {
             Convert::<Twice<S>, T, A>::store(a, p);
             Convert::<Twice<S>, T, A>::store(b, p.add(2 * V::W));
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn stream(self, p: *mut T) {
-        // SAFETY: as above.
-        unsafe {
-            self.0.stream(p);
-            self.1.stream(p.add(V::W));
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn stream_pair([a, b]: [Self; 2], p: *mut T) {
-        // SAFETY: as above.
-        unsafe {
-            Convert::<Twice<S>, T, A>::stream(a, p);
-            Convert::<Twice<S>, T, A>::stream(b, p.add(2 * V::W));
         }
     }
 

@@ -11,7 +11,7 @@ use std::arch::x86_64::*;
 use std::ops::{Add, Mul, Sub};
 
 macro_rules! level {
-    ($(#[$doc:meta])* $name:ident, $f32:ident, $f64:ident, $stream:ident, vectors: $vectors:literal) => {
+    ($(#[$doc:meta])* $name:ident, $f32:ident, $f64:ident, $stream:ident) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub(in crate::cpu) struct $name(());
@@ -32,7 +32,6 @@ macro_rules! level {
             const FINISHES_IN_REGISTERS: bool = true;
             const FMA: bool = true;
             const STREAMS: bool = true;
-            const STREAMS_VECTORS: bool = $vectors;
 
             #[inline(always)]
             fn prefetch<T>(self, p: *const T) {
@@ -49,8 +48,8 @@ macro_rules! level {
     };
 }
 
-level! { /** AVX2, FMA and F16C. */ Avx2, F32x8, F64x4, stream256, vectors: true }
-level! { /** AVX-512 F, BW, DQ and VL; f64 is left to AVX2. */ Avx512, F32x16, F64x4, stream512, vectors: false }
+level! { /** AVX2, FMA and F16C. */ Avx2, F32x8, F64x4, stream256 }
+level! { /** AVX-512 F, BW, DQ and VL; f64 is left to AVX2. */ Avx512, F32x16, F64x4, stream512 }
 
 /// A copy past the caches, in whole lines as `$line` writes them; what is before the first and behind the last in pieces
 /// of 16 bytes, as allocators align.
@@ -313,78 +312,14 @@ helpers! {
     }
 }
 
-/// A register, or two, on their way to memory.
-trait Register: Copy {
-    /// # Safety
-    /// The machine has the register; there is room.
-    unsafe fn store(self, to: *mut __m128i);
-
-    /// Past the caches, to a multiple of 16 bytes.
-    ///
-    /// # Safety
-    /// As above.
-    unsafe fn stream(self, to: *mut __m128i);
-}
-
-macro_rules! registers {
-    ($($register:ty: |$v:ident, $to:ident| $store:expr, $stream:expr;)*) => {
-        $(impl Register for $register {
-            #[inline(always)]
-            unsafe fn store(self, $to: *mut __m128i) {
-                let $v = self;
-                // SAFETY: the caller's, here and below.
-                unsafe { $store }
-            }
-
-            #[inline(always)]
-            unsafe fn stream(self, $to: *mut __m128i) {
-                let $v = self;
-                // SAFETY: as above.
-                unsafe { $stream }
-            }
-        })*
-    };
-}
-
-registers! {
-    __m128i: |v, to| _mm_storeu_si128(to, v), _mm_stream_si128(to, v);
-    __m256i: |v, to| _mm256_storeu_si256(to.cast(), v),
-        [_mm256_castsi256_si128(v), _mm256_extracti128_si256::<1>(v)].stream(to);
-    __m512i: |v, to| _mm512_storeu_si512(to.cast(), v),
-        [_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64::<1>(v)].stream(to);
-    __m256: |v, to| _mm256_storeu_ps(to.cast(), v), _mm256_castps_si256(v).stream(to);
-    __m256d: |v, to| _mm256_storeu_pd(to.cast(), v), _mm256_castpd_si256(v).stream(to);
-    __m512: |v, to| _mm512_storeu_ps(to.cast(), v), _mm512_castps_si512(v).stream(to);
-}
-
-impl<R: Register> Register for [R; 2] {
-    #[inline(always)]
-    unsafe fn store(self, to: *mut __m128i) {
-        // SAFETY: the caller's, here and below.
-        unsafe {
-            self[0].store(to);
-            self[1].store(to.byte_add(size_of::<R>()))
-        }
-    }
-
-    #[inline(always)]
-    unsafe fn stream(self, to: *mut __m128i) {
-        // SAFETY: as above.
-        unsafe {
-            self[0].stream(to);
-            self[1].stream(to.byte_add(size_of::<R>()))
-        }
-    }
-}
-
-/// Loads and stores of a type: `p` is where, `n` the length of a part, `v` what is stored, as a register. A
-/// pair is loaded and stored as one: of types whose pairs are halves of a wider register, or two vectors.
+/// Loads and stores of a type: `p` is where, `n` the length of a part, `v` what is stored. A pair is
+/// loaded and stored as one: of types whose pairs are halves of a wider register, or two vectors.
 macro_rules! convert {
     ($name:ident, $t:ty, $a:ty, $level:ident,
      load |$lp:ident| $load:expr, part |$pp:ident, $pn:ident| $part:expr,
-     store |$sv:ident| $store:expr,
+     store |$sp:ident, $sv:ident| $store:expr,
      part |$tp:ident, $tv:ident, $tn:ident| $store_part:expr,
-     pairs |$qp:ident| $load_pair:expr, |$ra:ident, $rb:ident| $store_pair:expr
+     pairs |$qp:ident| $load_pair:expr, |$rp:ident, $ra:ident, $rb:ident| $store_pair:expr
      $(, parted $parted:literal)?) => {
         impl<S: $level> Convert<S, $t, $a> for $name {
             $(const PARTED: bool = $parted;)?
@@ -409,31 +344,17 @@ macro_rules! convert {
             }
 
             #[inline(always)]
-            unsafe fn store(self, p: *mut $t) {
+            unsafe fn store(self, $sp: *mut $t) {
                 let $sv = self.0;
                 // SAFETY: the caller's; a vector proves its level.
-                unsafe { $store.store(p.cast()) }
+                unsafe { $store }
             }
 
             #[inline(always)]
-            unsafe fn store_pair([a, b]: [Self; 2], p: *mut $t) {
+            unsafe fn store_pair([a, b]: [Self; 2], $rp: *mut $t) {
                 let ($ra, $rb) = (a.0, b.0);
                 // SAFETY: the caller's; a vector proves its level.
-                unsafe { $store_pair.store(p.cast()) }
-            }
-
-            #[inline(always)]
-            unsafe fn stream(self, p: *mut $t) {
-                let $sv = self.0;
-                // SAFETY: the caller's; a vector proves its level.
-                unsafe { $store.stream(p.cast()) }
-            }
-
-            #[inline(always)]
-            unsafe fn stream_pair([a, b]: [Self; 2], p: *mut $t) {
-                let ($ra, $rb) = (a.0, b.0);
-                // SAFETY: the caller's; a vector proves its level.
-                unsafe { $store_pair.stream(p.cast()) }
+                unsafe { $store_pair }
             }
 
             #[inline(always)]
@@ -448,57 +369,63 @@ macro_rules! convert {
 
 convert! { F32x16, f32, f32, Has512,
 load |p| _mm512_loadu_ps(p), part |p, n| _mm512_maskz_loadu_ps(first(n) as u16, p),
-store |v| v,
+store |p, v| _mm512_storeu_ps(p, v),
 part |p, v, n| _mm512_mask_storeu_ps(p, first(n) as u16, v),
 pairs |p| (_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(16))),
-|a, b| [a, b] }
+|p, a, b| { _mm512_storeu_ps(p, a); _mm512_storeu_ps(p.add(16), b) } }
 convert! { F32x8, f32, f32, Has256,
 load |p| _mm256_loadu_ps(p), part |p, n| _mm256_maskload_ps(p, first8(n)),
-store |v| v,
+store |p, v| _mm256_storeu_ps(p, v),
 part |p, v, n| _mm256_maskstore_ps(p, first8(n), v),
 pairs |p| (_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8))),
-|a, b| [a, b] }
+|p, a, b| { _mm256_storeu_ps(p, a); _mm256_storeu_ps(p.add(8), b) } }
 convert! { F64x4, f64, f64, Has256,
 load |p| _mm256_loadu_pd(p), part |p, n| _mm256_maskload_pd(p, first4(n)),
-store |v| v,
+store |p, v| _mm256_storeu_pd(p, v),
 part |p, v, n| _mm256_maskstore_pd(p, first4(n), v),
 pairs |p| (_mm256_loadu_pd(p), _mm256_loadu_pd(p.add(4))),
-|a, b| [a, b] }
+|p, a, b| { _mm256_storeu_pd(p, a); _mm256_storeu_pd(p.add(4), b) } }
 
 // Pairs of bf16 vectors are the elements at even places and those at odd ones: a shift and a mask part the
 // 32-bit words that have one of each, where neighbours would have to be moved across the register.
 convert! { F32x16, bf16, f32, Has512,
 load |p| bf16_wide16(_mm256_loadu_si256(p.cast())),
 part |p, n| bf16_wide16(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
-store |v| bf16_narrow16(v),
+store |p, v| _mm256_storeu_si256(p.cast(), bf16_narrow16(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, bf16_narrow16(v)),
 pairs |p| bf16_parted16(_mm512_loadu_si512(p.cast())),
-|a, b| bf16_joined16(a, b), parted true }
+|p, a, b| _mm512_storeu_si512(p.cast(), bf16_joined16(a, b)), parted true }
 convert! { F32x8, bf16, f32, Has256,
 load |p| bf16_wide8(_mm_loadu_si128(p.cast())), part |p, n| bf16_wide8(load16(p.cast(), n)),
-store |v| bf16_narrow8(v),
+store |p, v| _mm_storeu_si128(p.cast(), bf16_narrow8(v)),
 part |p, v, n| store16(p.cast(), bf16_narrow8(v), n),
 pairs |p| bf16_parted8(_mm256_loadu_si256(p.cast())),
-|a, b| bf16_joined8(a, b), parted true }
+|p, a, b| _mm256_storeu_si256(p.cast(), bf16_joined8(a, b)), parted true }
 
 convert! { F32x16, f16, f32, Has512,
 load |p| _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())),
 part |p, n| _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n) as u16, p.cast())),
-store |v| _mm512_cvtps_ph::<NEAREST>(v),
+store |p, v| _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(v)),
 part |p, v, n| _mm256_mask_storeu_epi16(p.cast(), first(n) as u16, _mm512_cvtps_ph::<NEAREST>(v)),
 pairs |p| {
     let both = _mm512_loadu_si512(p.cast());
     (_mm512_cvtph_ps(_mm512_castsi512_si256(both)), _mm512_cvtph_ps(_mm512_extracti64x4_epi64::<1>(both)))
 },
-|a, b| [_mm512_cvtps_ph::<NEAREST>(a), _mm512_cvtps_ph::<NEAREST>(b)] }
+|p, a, b| {
+    _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph::<NEAREST>(a));
+    _mm256_storeu_si256(p.add(16).cast(), _mm512_cvtps_ph::<NEAREST>(b))
+} }
 convert! { F32x8, f16, f32, Has256,
 load |p| _mm256_cvtph_ps(_mm_loadu_si128(p.cast())), part |p, n| _mm256_cvtph_ps(load16(p.cast(), n)),
-store |v| _mm256_cvtps_ph::<NEAREST>(v),
+store |p, v| _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(v)),
 part |p, v, n| store16(p.cast(), _mm256_cvtps_ph::<NEAREST>(v), n),
 pairs |p| {
     (_mm256_cvtph_ps(_mm_loadu_si128(p.cast())), _mm256_cvtph_ps(_mm_loadu_si128(p.add(8).cast())))
 },
-|a, b| [_mm256_cvtps_ph::<NEAREST>(a), _mm256_cvtps_ph::<NEAREST>(b)] }
+|p, a, b| {
+    _mm_storeu_si128(p.cast(), _mm256_cvtps_ph::<NEAREST>(a));
+    _mm_storeu_si128(p.add(8).cast(), _mm256_cvtps_ph::<NEAREST>(b))
+} }
 
 /// Ties to even.
 const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT;
